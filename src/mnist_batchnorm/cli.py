@@ -1,0 +1,68 @@
+"""``mnist-bn``: finds the command's module by name, imports only that one, maps errors to exits.
+
+Nothing here changes what a stage computes, so no stage in ``dvc.yaml`` depends on this file.
+"""
+
+import importlib
+import sys
+
+import click
+
+from mnist_batchnorm.errors import CheckFailedError, UserError
+
+# Command (and module) name -> summary. The summaries stand here so that --help imports no stage.
+COMMANDS = {
+    "download": "Fetch the four MNIST files and verify their hashes.",
+    "prepare": "Split the images into train, valid and test.",
+    "train": "Train one network.",
+    "evaluate": "Measure one network on the test images.",
+    "export": "Export the batch-norm network to ONNX in eval mode.",
+    "verify": "Prove that ONNX Runtime computes what PyTorch computes.",
+    "report": "Draw the plots and write the HTML report and the model card.",
+    "track": "Complete the MLflow runs from the files on disk.",
+    "regress": "Compare the exported model's outputs with the golden ones.",
+}
+
+
+class StageGroup(click.Group):
+    """A click group that imports ``mnist_batchnorm.<name>`` when that command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands in pipeline order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module and return its ``command`` object."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mnist_batchnorm.{cmd_name}")
+        command: click.Command = module.command
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mnist-batchnorm")
+def cli() -> None:
+    """Train, export and verify the batch-norm MLP.
+
+    Each command is one stage of dvc.yaml or a tool beside it. Exit status: 0 done, 1 the check
+    that the command exists for failed, 2 the caller's mistake.
+    """
+
+
+def main() -> None:
+    """Run the command line; the console script ``mnist-bn``."""
+    try:
+        cli(prog_name="mnist-bn")
+    except CheckFailedError as failure:
+        click.echo(f"FAILED: {failure}", err=True)
+        sys.exit(1)
+    except UserError as mistake:
+        click.echo(f"error: {mistake}", err=True)
+        sys.exit(2)

@@ -1,0 +1,159 @@
+"""``params.yaml`` as typed, frozen objects: parsed once, every impossible value refused by name."""
+
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from mnist_batchnorm.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("the values must differ from each other")
+    return values
+
+
+class Section(BaseModel):
+    """A part of ``params.yaml``: unknown keys and lossy conversions are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FileHashes(Section):
+    """SHA-256 of each uncompressed IDX file."""
+
+    train_images: Annotated[Sha256, Field(alias="train-images")]
+    train_labels: Annotated[Sha256, Field(alias="train-labels")]
+    t10k_images: Annotated[Sha256, Field(alias="t10k-images")]
+    t10k_labels: Annotated[Sha256, Field(alias="t10k-labels")]
+
+    def by_file(self) -> dict[str, str]:
+        """Map each file's canonical stem (``train-images`` …) to its hash."""
+        return self.model_dump(by_alias=True)
+
+
+class DownloadParams(Section):
+    """Which data set."""
+
+    sha256: FileHashes
+
+
+class PrepareParams(Section):
+    """How the training images are split."""
+
+    valid_size: Annotated[int, Field(ge=0)]
+    seed: Seed
+
+
+class TrainParams(Section):
+    """The network, the optimizer and how long."""
+
+    seed: Seed
+    hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]  # batch norm needs a variance
+    lr: Annotated[float, Field(gt=0)]
+    bn_momentum: Annotated[float, Field(gt=0, le=1)]
+    bn_eps: Annotated[float, Field(gt=0)]
+    device: Device
+
+
+class EvaluateParams(Section):
+    """How the test images are measured."""
+
+    batch_size: PositiveInt
+    calibration_bins: PositiveInt
+
+
+class ExportParams(Section):
+    """The ONNX file's form."""
+
+    opset: Annotated[int, Field(ge=18, le=23)]
+
+
+class VerifyParams(Section):
+    """What the parity gate demands."""
+
+    batch_sizes: Annotated[
+        tuple[PositiveInt, ...], Field(min_length=1, strict=False), AfterValidator(_distinct)
+    ]
+    max_relative_error: Annotated[float, Field(gt=0, lt=1)]
+
+
+class TrackParams(Section):
+    """Where MLflow shows the runs."""
+
+    experiment: Annotated[str, StringConstraints(min_length=1)]
+
+
+class Params(Section):
+    """The whole of ``params.yaml``; one section per stage that has parameters."""
+
+    download: DownloadParams
+    prepare: PrepareParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    export: ExportParams
+    verify: VerifyParams
+    track: TrackParams
+
+
+SectionName = Literal["download", "prepare", "train", "evaluate", "export", "verify", "track"]
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Parse and check the parameter file.
+
+    Raises:
+        UserError: The file is missing, is not YAML, or holds an unknown key, a missing key, a
+            wrong type or an impossible value; the message names every such key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"no {path} in {Path.cwd()}; run this in the folder that holds dvc.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return parse_params(text, path)
+
+
+def parse_params(text: str, path: Path = PARAMS_FILE) -> Params:
+    """Parse and check the text of a parameter file; see `load_params`."""
+    try:
+        content = YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except (YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        problems = "".join(f"\n  {_explain(problem)}" for problem in error.errors())
+        raise UserError(f"{path} is not usable:{problems}") from None
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; remove it or correct its name"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
