@@ -1,0 +1,66 @@
+"""Running statistics: what every batch-norm layer must have before its model may ship."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mnist_batchnorm.errors import CheckFailedError
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, BatchNorm]:
+    """Return the model's batch-norm layers by their qualified name, in order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchNorm)}
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copy every batch-norm buffer (``bn1.running_mean`` …), on the device where it lives."""
+    return {
+        f"{name}.{key}": buffer.detach().clone()
+        for name, layer in batch_norm_layers(model).items()
+        for key, buffer in layer.named_buffers()
+    }
+
+
+@contextlib.contextmanager
+def statistics_untouched(model: nn.Module) -> Iterator[None]:
+    """Prove that the block leaves every batch-norm buffer as it was, bit for bit.
+
+    Raises:
+        CheckFailedError: A buffer changed; the message names it.
+    """
+    before = statistics(model)
+    yield
+    after = statistics(model)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    if changed:
+        raise CheckFailedError(
+            f"evaluation changed the running statistics {', '.join(changed)}: "
+            "a layer was in train mode"
+        )
+
+
+def require_frozen(model: nn.Module) -> None:
+    """Refuse a model whose batch norm would not compute, in production, what training left.
+
+    Raises:
+        CheckFailedError: A module is in train mode; a batch-norm layer keeps no running
+            statistics, has never updated them, or holds impossible ones.
+    """
+    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if training:
+        raise CheckFailedError(f"in train mode: {', '.join(training)}; call model.eval() first")
+    for name, layer in batch_norm_layers(model).items():
+        mean, variance, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        if mean is None or variance is None or updates is None:
+            raise CheckFailedError(
+                f"{name} keeps no running statistics (track_running_stats=False): "
+                "it would normalize by whatever batch it is served"
+            )
+        if updates.item() == 0:
+            raise CheckFailedError(f"{name} has never updated its running statistics: train first")
+        if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
+            raise CheckFailedError(f"{name} holds statistics that are not finite or are negative")
