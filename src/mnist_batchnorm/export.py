@@ -1,0 +1,125 @@
+"""Stage export: the trained batch-norm network to ONNX, in eval mode, with nothing but content.
+
+Two graphs of the same network: ``bn.onnx`` keeps its BatchNormalization nodes, so that anyone can
+read the frozen statistics in the file; ``bn-folded.onnx`` has them folded into the Gemm before.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mnist_batchnorm.files import digest, write_bytes
+from mnist_batchnorm.model import MODELS, Checkpoint, load_checkpoint
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+INPUT, OUTPUT = "image", "logits"
+CHECKPOINT = MODELS / "bn.safetensors"
+GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # file in models/ -> whether BN is folded
+
+
+def export_onnx(model: "nn.Sequential", opset: int, fold: bool) -> "onnx.ModelProto":
+    """Trace a network in eval mode into an ONNX graph with a symbolic batch axis.
+
+    Args:
+        model: the network, on the CPU, in eval mode; its first layer is a Linear.
+        opset: version of the ONNX standard operators.
+        fold: whether the exporter's optimizer folds each BatchNormalization into the Gemm before.
+
+    Returns:
+        One graph ``image`` float32 ``[batch, inputs]`` -> ``logits`` float32 ``[batch, outputs]``
+        without the exporter's traces of this machine.
+
+    Raises:
+        CheckFailedError: The model is in train mode, or its statistics are missing, were never
+            updated, or are impossible.
+    """
+    import torch
+
+    from mnist_batchnorm.batchnorm import require_frozen
+
+    require_frozen(model)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it suggests installing torchvision
+    first = model[0]
+    assert isinstance(first, torch.nn.Linear)
+    example = torch.zeros(2, first.in_features)  # 2: the exporter would take 1 for a constant
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        optimize=fold,
+        opset_version=opset,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    strip_circumstance(proto)
+    return proto
+
+
+def strip_circumstance(proto: "onnx.ModelProto") -> None:
+    """Remove what depends on where and when the export ran: stack traces hold absolute paths."""
+    graph = proto.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for part in (graph, proto):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def embed_provenance(proto: "onnx.ModelProto", weights: Path, checkpoint: Checkpoint) -> None:
+    """Write into the model's metadata which weights, data and params made it.
+
+    Content only, so the same checkpoint gives the same file everywhere.
+    """
+    params = json.dumps(checkpoint.provenance["params"], sort_keys=True)
+    provenance = {
+        "weights_sha256": digest(weights),
+        "train_data_sha256": checkpoint.provenance["train_sha256"],
+        "train_params_sha256": hashlib.sha256(params.encode()).hexdigest(),
+        "input": "float32 [batch, 784], pixel / 255, rows top to bottom",
+        "output": "float32 [batch, 10], one logit a digit, no softmax",
+    }
+    for key, value in sorted(provenance.items()):
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = f"mnist_batchnorm.{key}", value
+
+
+def export(weights: Path, opset: int) -> dict[str, bytes]:
+    """Export a checkpoint to both graphs; the same checkpoint gives the same bytes.
+
+    Returns:
+        The bytes of each file of `GRAPHS`.
+    """
+    import onnx
+
+    checkpoint = load_checkpoint(weights)
+    model = checkpoint.model()
+    files = {}
+    for name, fold in GRAPHS.items():
+        proto = export_onnx(model, opset, fold)
+        embed_provenance(proto, weights, checkpoint)
+        onnx.checker.check_model(proto, full_check=True)
+        files[name] = proto.SerializeToString(deterministic=True)
+    return files
+
+
+@click.command()
+def command() -> None:
+    """Export the batch-norm network to ONNX in eval mode (models/bn.onnx, bn-folded.onnx)."""
+    from mnist_batchnorm.params import load_params
+
+    files = export(CHECKPOINT, load_params().export.opset)
+    for name, content in files.items():
+        write_bytes(MODELS / name, content)
+        click.echo(f"{MODELS / name}: {len(content):,} bytes")
