@@ -67,7 +67,7 @@ def export_onnx(model: "nn.Sequential", opset: int, fold: bool) -> "onnx.ModelPr
 
 
 def strip_circumstance(proto: "onnx.ModelProto") -> None:
-    """Remove what depends on where and when the export ran: stack traces hold absolute paths."""
+    """Remove what depends on where the export ran: absolute paths, the build of PyTorch."""
     graph = proto.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
@@ -75,6 +75,7 @@ def strip_circumstance(proto: "onnx.ModelProto") -> None:
     for part in (graph, proto):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
+    proto.producer_version = proto.producer_version.partition("+")[0]  # 2.15.0+cu132
 
 
 def embed_provenance(proto: "onnx.ModelProto", weights: Path, checkpoint: Checkpoint) -> None:

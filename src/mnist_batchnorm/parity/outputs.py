@@ -58,7 +58,8 @@ def relative_error(logits: Float32, exact: Float64) -> Float64:
     Not each logit's own relative error: near zero that is large for any honest runtime.
     NaN counts as infinite.
     """
-    error = np.abs(logits - exact).max(axis=1) / np.abs(exact).max(axis=1)
+    size = np.maximum(np.abs(exact).max(axis=1), np.finfo(np.float32).tiny)
+    error = np.abs(logits - exact).max(axis=1) / size
     return np.where(np.isnan(error), np.inf, error)
 
 
