@@ -1,0 +1,319 @@
+"""What the earlier stages left on disk: read, checked, and checked against each other."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from mnist_batchnorm.dataset import CLASSES, PREPARED, Split, load_split
+from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.files import digest
+from mnist_batchnorm.params import Params, load_params
+
+MODELS = Path("models")
+REPORTS = Path("reports")
+TEST_SPLIT = PREPARED / "test.safetensors"
+CHECKPOINT = MODELS / "bn.safetensors"
+
+VARIANTS = ("bn", "plain")
+CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+PREDICTION_COLUMNS = ("index", "actual", "predicted", "probability")
+
+Floats = npt.NDArray[np.float64]
+
+
+class Record(BaseModel):
+    """What the report reads of a JSON file; it may hold more."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class TrainMetrics(Record):
+    """``reports/metrics/train-*.json``."""
+
+    device: str
+
+
+class EvaluationMetrics(Record):
+    """``reports/metrics/test-*.json``."""
+
+    accuracy: float
+    loss: float
+    calibration_error: float
+    images: int
+    errors: int
+    per_class_accuracy: dict[int, float]
+
+
+class DataMetrics(Record):
+    """``reports/metrics/data.json``."""
+
+    protocol: str
+    images: dict[str, int]
+    per_class: dict[str, dict[int, int]]
+    train_pixel_mean: float
+    train_pixel_std: float
+
+
+class Check(Record):
+    """One check of the parity gate."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class JudgedFile(Record):
+    """A file that the gate read, with its hash at that time."""
+
+    path: str
+    sha256: str
+
+
+class GraphParity(Record):
+    """What the gate found about one ONNX file; None where it could not be measured."""
+
+    sha256: str
+    parity: bool
+    max_relative_error: float | None
+    limit: float | None
+    argmax_differences: int | None
+    checks: list[Check]
+
+
+class Parity(Record):
+    """``reports/parity.json``."""
+
+    parity: bool
+    checkpoint: JudgedFile
+    data: JudgedFile
+    versions: dict[str, str]
+    accuracy: dict[str, float | None]
+    graphs: dict[str, GraphParity]
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing in the file, on any level, speaks against parity."""
+        graphs = self.graphs.values()
+        checks = [check for graph in graphs for check in graph.checks]
+        verdicts = [self.parity, *(g.parity for g in graphs), *(c.passed for c in checks)]
+        return all(verdicts) and bool(graphs) and all(graph.checks for graph in graphs)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the earlier stages found out about one network.
+
+    Attributes:
+        curve: float64 ``[epochs]`` for each column of the learning curve.
+        device: where it was trained.
+        test: metrics on the test images.
+        confusion: int64 ``[10, 10]``, rows actual, columns predicted.
+        predicted: int64 ``[n]``, the class given to each test image.
+        probability: float64 ``[n]``, of that class.
+    """
+
+    curve: dict[str, Floats]
+    device: str
+    test: EvaluationMetrics
+    confusion: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    probability: Floats
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One batch-norm layer, a value for each of its units.
+
+    Attributes:
+        mean: running mean of what arrives.
+        deviation: square root of the running variance.
+        scale: learned gamma, the deviation of what leaves.
+        shift: learned beta, the mean of what leaves.
+    """
+
+    mean: Floats
+    deviation: Floats
+    scale: Floats
+    shift: Floats
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file that ships: its name, size in bytes and SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the report is made from."""
+
+    params: Params
+    data: DataMetrics
+    test: Split
+    networks: dict[str, Network]
+    layers: dict[str, LayerStatistics]
+    parity: Parity
+    files: list[ModelFile]
+
+    @property
+    def split_labels(self) -> dict[str, str]:
+        """What to call the two splits that the learning curves watch."""
+        lecture = self.data.protocol.startswith("lecture")
+        return {"train": "train", "valid": "valid (= test images)" if lecture else "valid"}
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def read_record(path: Path, kind: type[RecordT], stage: str) -> RecordT:
+    """Read the JSON file that a stage wrote.
+
+    Raises:
+        UserError: The file is missing or does not hold what that stage writes.
+    """
+    try:
+        return kind.model_validate_json(_read(path, stage))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(
+            f"{path} is not what `dvc repro {stage}` writes: {where}: {first['msg']}"
+        ) from None
+
+
+def read_table(path: Path, columns: tuple[str, ...], stage: str) -> dict[str, Floats]:
+    """Read the CSV of numbers that a stage wrote.
+
+    Returns:
+        float64 ``[rows]``, at least one row, for each column.
+
+    Raises:
+        UserError: The file is missing, has other columns, no rows or something not a number.
+    """
+    header, _, body = _read(path, stage).partition("\n")
+    try:
+        if header.split(",") != list(columns):
+            raise ValueError(f"its columns are {header!r}, not {','.join(columns)!r}")
+        if not body.strip():
+            raise ValueError("it has no rows")
+        table = np.loadtxt(io.StringIO(body), delimiter=",", ndmin=2)
+        if table.shape[1] != len(columns) or not np.isfinite(table).all():
+            raise ValueError(f"a row does not hold {len(columns)} finite numbers")
+    except ValueError as error:
+        raise UserError(f"{path} is not what `dvc repro {stage}` writes: {error}") from None
+    return dict(zip(columns, table.T, strict=True))
+
+
+def _read(path: Path, stage: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no {path}; run `dvc repro {stage}` first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_network(variant: str, test: Split) -> Network:
+    """Gather what train and evaluate wrote about one network.
+
+    Raises:
+        UserError: A file is missing or malformed, or is about other test images.
+    """
+    path = REPORTS / f"predictions/{variant}.csv"
+    predictions = read_table(path, PREDICTION_COLUMNS, "evaluate")
+    if not (
+        np.array_equal(predictions["index"], test.index)
+        and np.array_equal(predictions["actual"], test.labels)
+    ):
+        raise UserError(f"{path} is about other images than {TEST_SPLIT}; run `dvc repro evaluate`")
+    columns = ("actual", *map(str, range(CLASSES)))
+    confusion = read_table(REPORTS / f"confusion/{variant}.csv", columns, "evaluate")
+    return Network(
+        curve=read_table(REPORTS / f"curves/{variant}.csv", CURVE_COLUMNS, "train"),
+        device=read_record(REPORTS / f"metrics/train-{variant}.json", TrainMetrics, "train").device,
+        test=read_record(REPORTS / f"metrics/test-{variant}.json", EvaluationMetrics, "evaluate"),
+        confusion=np.stack([confusion[c] for c in columns[1:]], axis=1).astype(np.int64),
+        predicted=predictions["predicted"].astype(np.int64),
+        probability=predictions["probability"],
+    )
+
+
+def read_layers(path: Path) -> dict[str, LayerStatistics]:
+    """Read each batch-norm layer's statistics and learned scale and shift from a checkpoint.
+
+    Raises:
+        UserError: The file is missing or unreadable, or a layer lacks one of the four.
+    """
+    suffix = ".running_mean"
+    try:
+        tensors = {name: t.astype(np.float64) for name, t in load_file(path).items()}
+        return {
+            (layer := name.removesuffix(suffix)): LayerStatistics(
+                mean=mean,
+                deviation=np.sqrt(tensors[f"{layer}.running_var"]),
+                scale=tensors[f"{layer}.weight"],
+                shift=tensors[f"{layer}.bias"],
+            )
+            for name, mean in sorted(tensors.items(), key=lambda item: (len(item[0]), item[0]))
+            if name.endswith(suffix)
+        }
+    except FileNotFoundError:
+        raise UserError(f"no {path}; run `dvc repro train` first") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks {error}") from None
+
+
+def read_parity() -> Parity:
+    """Read the gate's verdict and make sure that it is about the files as they are now.
+
+    Raises:
+        UserError: The verdict or a file that it is about is missing, or the file has changed.
+    """
+    path = REPORTS / "parity.json"
+    parity = read_record(path, Parity, "verify")
+    judged = {
+        CHECKPOINT: ("train", parity.checkpoint.sha256),
+        TEST_SPLIT: ("prepare", parity.data.sha256),
+        **{MODELS / name: ("export", graph.sha256) for name, graph in parity.graphs.items()},
+    }
+    for file, (stage, sha256) in judged.items():
+        if not file.is_file():
+            raise UserError(f"no {file}; run `dvc repro {stage}` first")
+        if (actual := digest(file)) != sha256:
+            raise UserError(
+                f"{path} is about a {file} with SHA-256 {sha256[:12]}…, but the file is "
+                f"{actual[:12]}…; run `dvc repro verify`"
+            )
+    return parity
+
+
+def read_results() -> Results:
+    """Gather everything the report is made from, in the current folder.
+
+    Raises:
+        UserError: An input is missing, malformed, or does not fit the others.
+    """
+    test = load_split(TEST_SPLIT)
+    parity = read_parity()
+    files = [CHECKPOINT, *(MODELS / name for name in parity.graphs)]
+    return Results(
+        params=load_params(),
+        data=read_record(REPORTS / "metrics/data.json", DataMetrics, "prepare"),
+        test=test,
+        networks={variant: read_network(variant, test) for variant in VARIANTS},
+        layers=read_layers(CHECKPOINT),
+        parity=parity,
+        files=[ModelFile(p.as_posix(), p.stat().st_size, digest(p)) for p in files],
+    )

@@ -1,0 +1,113 @@
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from mnist_batchnorm import plots
+from mnist_batchnorm.results import LayerStatistics
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def curve(loss: float, epochs: int = 3) -> dict[str, plots.Floats]:
+    epoch = np.arange(1.0, epochs + 1)
+    return {
+        "epoch": epoch,
+        "train_loss": loss / epoch,
+        "train_accuracy": 1 - loss / epoch,
+        "valid_loss": 2 * loss / epoch,
+        "valid_accuracy": 1 - 2 * loss / epoch,
+    }
+
+
+CURVES = {"bn": curve(0.1), "plain": curve(0.2)}
+
+
+def texts(svg: str) -> list[str]:
+    return [
+        "".join(text.itertext()).strip() for text in ElementTree.fromstring(svg).iter(f"{SVG}text")
+    ]
+
+
+def test_learning_curve_labels_each_line_with_its_last_value() -> None:
+    found = texts(plots.learning_curve(CURVES, "valid", "accuracy", "valid (= test images)"))
+    assert {"Accuracy, valid (= test images)", "epoch", "accuracy (%)"} <= set(found)
+    for name, value in (("batch norm", "93.3"), ("plain", "86.7")):
+        assert found[found.index(name) + 1] == value
+
+
+def test_train_and_valid_share_their_scale() -> None:
+    def ticks(split: str) -> list[str]:
+        return texts(plots.learning_curve(CURVES, split, "loss", "x"))[:-6]
+
+    assert ticks("train") == ticks("valid")
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {name: curve(0.1, epochs=1) for name in ("bn", "plain")},
+        {name: curve(0.0) for name in ("bn", "plain")},
+    ],
+    ids=["one epoch", "flat lines"],
+)
+@pytest.mark.parametrize("measure", ["loss", "accuracy"])
+def test_curves_at_the_edge_are_drawn(
+    curves: dict[str, dict[str, plots.Floats]], measure: plots.Measure
+) -> None:
+    assert "batch norm" in texts(plots.learning_curve(curves, "train", measure, "train"))
+
+
+def test_networks_differ_by_more_than_colour() -> None:
+    looks = plots.LOOKS.values()
+    for aspect in ("colour", "line", "marker"):
+        assert len({getattr(look, aspect) for look in looks}) == len(looks)
+
+
+def test_overview_has_an_opaque_background() -> None:
+    svg = plots.overview(CURVES, {"train": "train", "valid": "valid"})
+    background = next(ElementTree.fromstring(svg).iter(f"{SVG}path"))
+    assert background.get("style") == f"fill: {plots.SURFACE}"
+    assert len([text for text in texts(svg) if text == "epoch"]) == 4
+
+
+def test_confusion_shows_counts_and_colours_errors_only() -> None:
+    matrix = np.diag([90, 80, 70])
+    matrix[0, 2] = 7
+    found = texts(plots.confusion(matrix, 7, "plain"))
+    assert sorted(text for text in found if text.isdigit() and int(text) > 2) == [
+        "7",
+        "70",
+        "80",
+        "90",
+    ]
+    without = plots.confusion(np.diag([90, 80, 70]), 0, "plain")
+    full = "#b97a97"  # STRONGEST of ERRORS on SURFACE
+    assert full in plots.confusion(matrix, 7, "plain")
+    assert full not in plots.confusion(matrix, 70, "plain")
+    assert full not in without
+
+
+def test_statistics_have_a_row_a_layer() -> None:
+    units = np.linspace(-1, 1, 5)
+    layer = LayerStatistics(mean=units, deviation=units**2, scale=-units, shift=units)
+    found = texts(plots.running_statistics({f"bn{i}": layer for i in (1, 2, 3)}))
+    assert [text for text in found if text.endswith("arrives")] == [
+        f"bn{i}: what arrives" for i in (1, 2, 3)
+    ]
+
+
+def test_same_numbers_give_same_bytes_and_other_numbers_other_bytes() -> None:
+    first, again, other = (
+        plots.learning_curve({"bn": curve(loss), "plain": curve(0.2)}, "train", "loss", "train")
+        for loss in (0.1, 0.1, 0.11)
+    )
+    assert first == again != other
+
+
+def test_the_readers_matplotlibrc_changes_nothing() -> None:
+    usual = plots.overview(CURVES, {"train": "train", "valid": "valid"})
+    with mpl.rc_context({"font.size": 20, "axes.titlepad": 30, "svg.id": "mine"}):
+        assert plots.overview(CURVES, {"train": "train", "valid": "valid"}) == usual
+        assert mpl.rcParams["font.size"] == 20

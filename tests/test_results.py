@@ -1,0 +1,225 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mnist_batchnorm import results
+from mnist_batchnorm.dataset import load_split, save_split
+from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.params import Params
+from mnist_batchnorm.results import (
+    CURVE_COLUMNS,
+    EvaluationMetrics,
+    Parity,
+    read_record,
+    read_results,
+    read_table,
+)
+from tests.conftest import ROOT
+from tests.finished import finish
+
+MADE_BY = {
+    "params.yaml": "dvc.yaml",  # not made by a stage: the message says where to run the command
+    "data/prepared/test.safetensors": "prepare",
+    "models/bn.safetensors": "train",
+    "models/bn.onnx": "export",
+    "models/bn-folded.onnx": "export",
+    "reports/parity.json": "verify",
+    "reports/metrics/data.json": "prepare",
+    "reports/metrics/train-plain.json": "train",
+    "reports/metrics/test-bn.json": "evaluate",
+    "reports/curves/bn.csv": "train",
+    "reports/confusion/plain.csv": "evaluate",
+    "reports/predictions/bn.csv": "evaluate",
+}
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copy(ROOT / "params.yaml", folder)
+    finish(folder, prepared, params)
+    return folder
+
+
+@pytest.fixture
+def finished(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("finished")
+def test_reads_what_the_stages_write() -> None:
+    found = read_results()
+    assert found.parity.proven
+    assert found.split_labels == {"train": "train", "valid": "valid"}
+    assert [file.name for file in found.files] == [
+        "models/bn.safetensors",
+        "models/bn.onnx",
+        "models/bn-folded.onnx",
+    ]
+    for network in found.networks.values():
+        right = network.predicted == found.test.labels
+        assert right.mean() == network.test.accuracy
+        assert np.trace(network.confusion) == right.sum()
+        assert network.confusion.sum() == len(found.test)
+        assert network.curve["epoch"].tolist() == [1, 2, 3]
+    assert list(found.layers) == ["bn1", "bn2"]
+    assert found.layers["bn1"].mean.shape == (32,)
+    assert (found.layers["bn1"].deviation > 0).all()
+
+
+@pytest.mark.parametrize(("path", "hint"), MADE_BY.items())
+def test_missing_input_names_file_and_remedy(finished: Path, path: str, hint: str) -> None:
+    (finished / path).unlink()
+    with pytest.raises(UserError, match=f"no {path}.*{hint}"):
+        read_results()
+
+
+@pytest.mark.parametrize("path", [p for p in MADE_BY if p.endswith(".onnx") or "bn.safe" in p])
+def test_verdict_about_other_bytes_is_refused(finished: Path, path: str) -> None:
+    content = (finished / path).read_bytes()
+    (finished / path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"parity\.json is about a {path}.*dvc repro verify"):
+        read_results()
+
+
+def test_predictions_for_other_images_are_refused(finished: Path) -> None:
+    path = finished / "reports/predictions/plain.csv"
+    lines = path.read_text().splitlines()
+    lines[1], lines[2] = lines[2], lines[1]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"plain\.csv is about other images"):
+        read_results()
+
+
+def test_checkpoint_without_a_statistic_is_refused(finished: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = finished / "models/bn.safetensors"
+    tensors = load_file(path)
+    del tensors["bn2.running_var"]
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"lacks 'bn2\.running_var'"):
+        results.read_layers(path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        results.read_layers(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("epoch,loss\n1,2\n", "its columns are 'epoch,loss'"),
+        (",".join(CURVE_COLUMNS), "no rows"),
+        (",".join(CURVE_COLUMNS) + "\n1,2,3,4\n", "5 finite numbers"),
+        (",".join(CURVE_COLUMNS) + "\n1,2,3,4,nan\n", "5 finite numbers"),
+        (",".join(CURVE_COLUMNS) + "\n1,2,3,4,x\n", "x"),
+    ],
+)
+def test_malformed_table_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "bn.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"what `dvc repro train` writes: .*{problem}"):
+        read_table(path, CURVE_COLUMNS, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "the file: Invalid JSON"),
+        ("[]", "the file"),
+        ('{"accuracy": "high"}', "accuracy"),
+        ("{}", "accuracy: Field required"),
+    ],
+)
+def test_malformed_record_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "test-bn.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"what `dvc repro evaluate` writes: {problem}"):
+        read_record(path, EvaluationMetrics, "evaluate")
+
+
+def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "parity.json"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"parity\.json cannot be read"):
+        read_record(path, Parity, "verify")
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "input"
+
+
+numbers = st.text(alphabet="0123456789.,-+einfa \n\r#\"'\0", max_size=60)
+
+
+@given(body=st.one_of(numbers, st.text(max_size=60)))
+def test_any_table_is_read_or_refused(scratch: Path, body: str) -> None:
+    scratch.write_bytes(b"x,y\n" + body.encode(errors="surrogatepass"))
+    try:
+        table = read_table(scratch, ("x", "y"), "train")
+    except UserError:
+        return
+    assert table["x"].shape == table["y"].shape
+    assert len(table["x"]) > 0
+    assert np.isfinite(np.concatenate(list(table.values()))).all()
+
+
+def parity(**changes: Any) -> dict[str, Any]:
+    """A minimal proven parity.json, with keys replaced."""
+    check = {"name": "outputs", "passed": True, "detail": "fine", "evidence": {}}
+    graph = {
+        "sha256": "0" * 64,
+        "parity": True,
+        "max_relative_error": 1e-7,
+        "limit": 5e-6,
+        "argmax_differences": 0,
+        "checks": [check],
+    }
+    file = {"path": "x", "sha256": "0" * 64}
+    proven = {"parity": True, "checkpoint": file, "data": file, "versions": {}, "accuracy": {}}
+    return proven | {"graphs": {"bn.onnx": graph}} | changes
+
+
+GRAPH = parity()["graphs"]["bn.onnx"]
+CHECK = GRAPH["checks"][0]
+
+
+@pytest.mark.parametrize(
+    "contradiction",
+    [
+        {"parity": False},
+        {"graphs": {}},
+        {"graphs": {"bn.onnx": GRAPH | {"parity": False}}},
+        {"graphs": {"bn.onnx": GRAPH | {"checks": []}}},
+        {"graphs": {"bn.onnx": GRAPH, "b": GRAPH | {"checks": [CHECK, CHECK | {"passed": False}]}}},
+    ],
+)
+def test_anything_that_speaks_against_parity_unproves_it(contradiction: dict[str, Any]) -> None:
+    assert Parity.model_validate_json(json.dumps(parity())).proven
+    assert not Parity.model_validate_json(json.dumps(parity(**contradiction))).proven
+
+
+def test_lecture_protocol_says_what_valid_is(finished: Path) -> None:
+    path = finished / "reports/metrics/data.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"protocol": "lecture: valid is the test images"}))
+    assert read_results().split_labels["valid"] == "valid (= test images)"
+
+
+def test_test_split_that_changed_after_verify_is_refused(finished: Path) -> None:
+    path = finished / "data/prepared/test.safetensors"
+    split = load_split(path)
+    split.images[0, 0, 0] ^= 1
+    save_split(path, split)
+    with pytest.raises(UserError, match=r"about a data/prepared/test\.safetensors"):
+        read_results()
