@@ -15,10 +15,9 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
-from mnist_batchnorm.dataset import PREPARED
-from mnist_batchnorm.model import VARIANTS
+from mnist_batchnorm.layout import PREPARED, RAW, VARIANTS
 from mnist_batchnorm.params import Params, load_params
-from mnist_batchnorm.prepare import RAW, prepare
+from mnist_batchnorm.prepare import prepare
 from mnist_batchnorm.train import (
     DeviceSplit,
     Epoch,

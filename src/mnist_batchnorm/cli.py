@@ -59,10 +59,20 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; the console script ``mnist-bn``."""
     try:
-        cli(prog_name="mnist-bn")
+        status = cli(prog_name="mnist-bn", standalone_mode=False) or 0
+    except click.ClickException as mistake:
+        mistake.show()
+        status = mistake.exit_code
     except CheckFailedError as failure:
         click.echo(f"FAILED: {failure}", err=True)
-        sys.exit(1)
+        status = 1
     except UserError as mistake:
         click.echo(f"error: {mistake}", err=True)
-        sys.exit(2)
+        status = 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        click.echo(f"error: {error}", err=True)
+        status = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        status = 130  # 128 + SIGINT, as shells report it
+    sys.exit(status)

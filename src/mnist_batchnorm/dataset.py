@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import replacing
 
-PREPARED = Path("data/prepared")
 CLASSES = 10
 SIDE = 28  # pixels
 
@@ -52,10 +51,10 @@ def load_split(path: Path) -> Split:
         raise UserError(f"no {path}; run `dvc repro prepare` first") from None
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{path} is not a prepared split: {error}") from None
-    n = len(split)
-    shapes = (split.images.shape, split.labels.shape, split.index.shape)
-    if n == 0 or shapes != ((n, SIDE, SIDE), (n,), (n,)) or split.images.dtype != np.uint8:
-        raise UserError(f"{path} is not a prepared split: shapes {shapes}")
+    n = split.labels.size
+    held = [(array.dtype.name, array.shape) for array in (split.images, split.labels, split.index)]
+    if n == 0 or held != [("uint8", (n, SIDE, SIDE)), ("uint8", (n,)), ("int32", (n,))]:
+        raise UserError(f"{path} is not a prepared split: it holds {held}")
     return split
 
 

@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, replacing
+from mnist_batchnorm.layout import RAW
 from mnist_batchnorm.params import load_params
 
-RAW = Path("data/raw")
 FILES = {
     "train-images": "train-images-idx3-ubyte",
     "train-labels": "train-labels-idx1-ubyte",

@@ -1,29 +1,25 @@
-"""Stage evaluate: one network on the test images, which no other stage looks at before."""
+"""Stage evaluate: one network on the test images, held back until training has ended."""
 
 import csv
 import io
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
-from mnist_batchnorm.dataset import CLASSES, PREPARED, Split, load_split, network_input
+from mnist_batchnorm.dataset import CLASSES, Split, load_split, network_input
+from mnist_batchnorm.errors import CheckFailedError
 from mnist_batchnorm.files import write_json, write_text
-from mnist_batchnorm.model import MODELS, VARIANTS, load_checkpoint
-
-if TYPE_CHECKING:
-    from torch import nn
-
-METRICS = Path("reports/metrics")
-CONFUSION = Path("reports/confusion")
-PREDICTIONS = Path("reports/predictions")
+from mnist_batchnorm.layout import MODELS, REPORTS, TEST_SPLIT, VARIANTS
+from mnist_batchnorm.model import load_checkpoint
 
 
 def network_logits(
-    model: "nn.Module", images: npt.NDArray[np.uint8], batch_size: int
+    model: nn.Module, images: npt.NDArray[np.uint8], batch_size: int
 ) -> npt.NDArray[np.float32]:
     """Run a network in eval mode on the CPU.
 
@@ -35,8 +31,6 @@ def network_logits(
     Returns:
         logits, float32 ``[n, 10]``.
     """
-    import torch
-
     inputs = torch.from_numpy(network_input(images))
     with torch.inference_mode():
         return torch.cat([model(batch) for batch in torch.split(inputs, batch_size)]).numpy()
@@ -129,13 +123,15 @@ def command(variant: str) -> None:
     from mnist_batchnorm.params import load_params
 
     params = load_params().evaluate
-    split = load_split(PREPARED / "test.safetensors")
-    model = load_checkpoint(MODELS / f"{variant}.safetensors").model()
-    logits = network_logits(model, split.images, params.batch_size)
+    split = load_split(TEST_SPLIT)
+    path = MODELS / f"{variant}.safetensors"
+    logits = network_logits(load_checkpoint(path).model(), split.images, params.batch_size)
+    if not np.isfinite(logits).all():
+        raise CheckFailedError(f"{path} gives logits that are not finite; train it again")
     metrics, confusion, predictions = evaluate(logits, split, params.calibration_bins)
-    write_json(METRICS / f"test-{variant}.json", metrics)
-    write_text(CONFUSION / f"{variant}.csv", confusion)
-    write_text(PREDICTIONS / f"{variant}.csv", predictions)
+    write_json(REPORTS / f"metrics/test-{variant}.json", metrics)
+    write_text(REPORTS / f"confusion/{variant}.csv", confusion)
+    write_text(REPORTS / f"predictions/{variant}.csv", predictions)
     click.echo(
         f"{variant}: test accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, "
         f"calibration error {metrics['calibration_error']:.4f}"

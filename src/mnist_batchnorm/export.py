@@ -8,23 +8,22 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+import onnx
+import torch
+from torch import nn
 
+from mnist_batchnorm.batchnorm import require_frozen
+from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, write_bytes
-from mnist_batchnorm.model import MODELS, Checkpoint, load_checkpoint
-
-if TYPE_CHECKING:
-    import onnx
-    from torch import nn
+from mnist_batchnorm.layout import CHECKPOINT, GRAPHS, MODELS
+from mnist_batchnorm.model import Checkpoint, load_checkpoint
 
 INPUT, OUTPUT = "image", "logits"
-CHECKPOINT = MODELS / "bn.safetensors"
-GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # file in models/ -> whether BN is folded
 
 
-def export_onnx(model: "nn.Sequential", opset: int, fold: bool) -> "onnx.ModelProto":
+def export_onnx(model: nn.Sequential, opset: int, fold: bool) -> onnx.ModelProto:
     """Trace a network in eval mode into an ONNX graph with a symbolic batch axis.
 
     Args:
@@ -40,10 +39,6 @@ def export_onnx(model: "nn.Sequential", opset: int, fold: bool) -> "onnx.ModelPr
         CheckFailedError: The model is in train mode, or its statistics are missing, were never
             updated, or are impossible.
     """
-    import torch
-
-    from mnist_batchnorm.batchnorm import require_frozen
-
     require_frozen(model)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it suggests installing torchvision
     first = model[0]
@@ -66,7 +61,7 @@ def export_onnx(model: "nn.Sequential", opset: int, fold: bool) -> "onnx.ModelPr
     return proto
 
 
-def strip_circumstance(proto: "onnx.ModelProto") -> None:
+def strip_circumstance(proto: onnx.ModelProto) -> None:
     """Remove what depends on where the export ran: absolute paths, the build of PyTorch."""
     graph = proto.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
@@ -78,7 +73,7 @@ def strip_circumstance(proto: "onnx.ModelProto") -> None:
     proto.producer_version = proto.producer_version.partition("+")[0]  # 2.15.0+cu132
 
 
-def embed_provenance(proto: "onnx.ModelProto", weights: Path, checkpoint: Checkpoint) -> None:
+def embed_provenance(proto: onnx.ModelProto, weights: Path, checkpoint: Checkpoint) -> None:
     """Write into the model's metadata which weights, data and params made it.
 
     Content only, so the same checkpoint gives the same file everywhere.
@@ -101,10 +96,14 @@ def export(weights: Path, opset: int) -> dict[str, bytes]:
 
     Returns:
         The bytes of each file of `GRAPHS`.
-    """
-    import onnx
 
+    Raises:
+        UserError: The checkpoint cannot be read, or has no batch norm.
+        CheckFailedError: Its statistics are missing, were never updated, or are impossible.
+    """
     checkpoint = load_checkpoint(weights)
+    if not checkpoint.architecture.batch_norm:
+        raise UserError(f"{weights} holds the network without batch norm; export takes the other")
     model = checkpoint.model()
     files = {}
     for name, fold in GRAPHS.items():

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import replacing
 
-VARIANTS = ("bn", "plain")
-MODELS = Path("models")
-
 _METADATA_KEY = "mnist_batchnorm"  # one key only: safetensors writes several in random order
 
 
@@ -44,7 +41,7 @@ class Architecture:
         """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's: torch.manual_seed seeds all
             for i in range(1, len(self.widths) - 1):
                 layers[f"linear{i}"] = nn.Linear(self.widths[i - 1], self.widths[i])
                 if self.batch_norm:
@@ -105,17 +102,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as stored:
             metadata = json.loads((stored.metadata() or {})[_METADATA_KEY])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        architecture = metadata["architecture"]
-        return Checkpoint(
-            Architecture(**architecture | {"widths": tuple(architecture["widths"])}),
-            state,
-            metadata["provenance"],
-        )
+        stored_architecture = metadata["architecture"]
+        widths = tuple(int(width) for width in stored_architecture["widths"])
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths {widths}")
+        architecture = Architecture(**stored_architecture | {"widths": widths})
+        provenance = metadata["provenance"]
+        if missing := {"train_sha256", "params"} - provenance.keys():
+            raise ValueError(f"its provenance lacks {', '.join(sorted(missing))}")
+        return Checkpoint(architecture, state, provenance)
     except FileNotFoundError:
         raise UserError(f"no {path}; run `dvc repro train` first") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not a checkpoint of this project: its metadata lacks {error}"
+            f"{path} is not a checkpoint of this project: {type(error).__name__}: {error}"
         ) from None

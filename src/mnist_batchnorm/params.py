@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -13,7 +13,6 @@ from pydantic import (
     ValidationError,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from mnist_batchnorm.errors import UserError
 
@@ -21,8 +20,8 @@ PARAMS_FILE = Path("params.yaml")
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what every library takes for a size
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")]
 
 
 def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -80,7 +79,7 @@ class EvaluateParams(Section):
     """How the test images are measured."""
 
     batch_size: PositiveInt
-    calibration_bins: PositiveInt
+    calibration_bins: Annotated[int, Field(gt=0, le=10_000)]  # a bin for each test image
 
 
 class ExportParams(Section):
@@ -116,9 +115,6 @@ class Params(Section):
     track: TrackParams
 
 
-SectionName = Literal["download", "prepare", "train", "evaluate", "export", "verify", "track"]
-
-
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Parse and check the parameter file.
 
@@ -141,8 +137,8 @@ def parse_params(text: str, path: Path = PARAMS_FILE) -> Params:
     """Parse and check the text of a parameter file; see `load_params`."""
     try:
         content = YAML(typ="safe", pure=True).load(io.StringIO(text))
-    except (YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except Exception as error:  # noqa: BLE001 - "!!bool x" is a KeyError to ruamel, "[[[…" too deep
+        raise UserError(f"{path} is not valid YAML: {type(error).__name__}: {error}") from None
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -152,8 +148,17 @@ def parse_params(text: str, path: Path = PARAMS_FILE) -> Params:
 
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key; remove it or correct its name"
-    if problem["type"] == "missing":
-        return f"{key}: missing"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    match problem["type"]:
+        case "missing":
+            return f"{key}: missing"
+        case "extra_forbidden":
+            return f"{key}: unknown key; remove it or correct its name"
+        case "model_type":
+            wrong = "must be a section of keys"
+        case "tuple_type":
+            wrong = "must be a list"
+        case "too_short":
+            wrong = "needs at least one usable value"
+        case _:
+            wrong = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {wrong} (got {problem['input']!r})"

@@ -1,5 +1,7 @@
 """Stage prepare: IDX files to train, valid and test splits, stratified and without overlap."""
 
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,11 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from mnist_batchnorm.dataset import CLASSES, PREPARED, SIDE, Split, save_split
+from mnist_batchnorm.dataset import CLASSES, SIDE, Split, save_split
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, write_json
+from mnist_batchnorm.layout import PREPARED, RAW, REPORTS
 from mnist_batchnorm.params import PrepareParams, load_params
-
-RAW = Path("data/raw")
-METRICS = Path("reports/metrics/data.json")
 
 IMAGES_MAGIC = 0x0803  # unsigned bytes, three dimensions
 LABELS_MAGIC = 0x0801  # unsigned bytes, one dimension
@@ -37,21 +37,14 @@ def parse_idx(content: bytes, magic: int, name: str) -> npt.NDArray[np.uint8]:
     Raises:
         UserError: Another magic number, or a length that the dimensions do not explain.
     """
-    dimensions = magic & 0xFF
-    header = (
-        np.frombuffer(content[: 4 + 4 * dimensions], dtype=">i4", count=-1)
-        if (len(content) >= 4 + 4 * dimensions)
-        else np.empty(0, dtype=">i4")
-    )
-    if header.size == 0 or header[0] != magic:
+    header = struct.Struct(f">{1 + (magic & 0xFF)}i")
+    if len(content) < header.size or header.unpack_from(content)[0] != magic:
         raise UserError(f"{name} is not an IDX file with magic number {magic:#06x}")
-    shape = tuple(int(size) for size in header[1:])
-    expected = int(np.prod(shape, dtype=object))
-    if min(shape) < 0 or len(content) - header.nbytes != expected:
-        raise UserError(
-            f"{name} says it holds {shape} bytes but holds {len(content) - header.nbytes}"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=header.nbytes).reshape(shape)
+    shape = header.unpack_from(content)[1:]
+    held = len(content) - header.size
+    if min(shape) < 0 or math.prod(shape) != held:
+        raise UserError(f"{name} says it holds {shape} bytes but holds {held}")
+    return np.frombuffer(content, dtype=np.uint8, offset=header.size).reshape(shape)
 
 
 def read_pair(raw: Path, stem: str) -> Split:
@@ -68,6 +61,8 @@ def read_pair(raw: Path, stem: str) -> Split:
             arrays.append(parse_idx(path.read_bytes(), magic, str(path)))
         except FileNotFoundError:
             raise UserError(f"no {path}; run `dvc repro download` first") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
     images, labels = arrays
     if images.shape != (len(labels), SIDE, SIDE) or len(labels) == 0:
         raise UserError(
@@ -174,6 +169,6 @@ def prepare(raw: Path, prepared: Path, metrics: Path, params: PrepareParams) -> 
 def command() -> None:
     """Split the images into train, valid and test (data/prepared)."""
     params = load_params().prepare
-    prepare(RAW, PREPARED, METRICS, params)
+    prepare(RAW, PREPARED, REPORTS / "metrics/data.json", params)
     if params.valid_size == 0:
         click.echo("valid_size is 0: the lecture's protocol, valid = the test images", err=True)

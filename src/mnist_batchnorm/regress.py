@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from mnist_batchnorm.dataset import CLASSES, Split, load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest, write_text
+from mnist_batchnorm.layout import GRAPHS, MODELS, WEIGHTS_KEY
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -28,11 +29,6 @@ Float64 = npt.NDArray[np.float64]
 FIXTURES = Path("tests/regression")
 IMAGES = FIXTURES / "images.safetensors"
 GOLDENS = FIXTURES / "pipeline-goldens.json"
-
-# As in model.py, export.py and parity, which import torch: this tool starts in a second without.
-MODELS = Path("models")
-GRAPHS = ("bn.onnx", "bn-folded.onnx")
-WEIGHTS_KEY = "mnist_batchnorm.weights_sha256"
 
 BATCH_SIZES = (64, 32, 7, 2, 1)  # images a call
 

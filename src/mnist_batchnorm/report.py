@@ -18,8 +18,9 @@ from matplotlib.image import imsave
 from mnist_batchnorm import plots
 from mnist_batchnorm.dataset import CLASSES
 from mnist_batchnorm.files import write_text
+from mnist_batchnorm.layout import REPORTS
 from mnist_batchnorm.params import Params
-from mnist_batchnorm.results import REPORTS, Floats, Results, read_results
+from mnist_batchnorm.results import Floats, Results, read_results
 
 NAMES = {variant: look.label for variant, look in plots.LOOKS.items()}
 SHOWN_MISTAKES = 12

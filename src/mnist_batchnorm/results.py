@@ -11,17 +11,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from mnist_batchnorm.dataset import CLASSES, PREPARED, Split, load_split
+from mnist_batchnorm.dataset import CLASSES, Split, load_split
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
+from mnist_batchnorm.layout import CHECKPOINT, MODELS, REPORTS, TEST_SPLIT, VARIANTS
 from mnist_batchnorm.params import Params, load_params
 
-MODELS = Path("models")
-REPORTS = Path("reports")
-TEST_SPLIT = PREPARED / "test.safetensors"
-CHECKPOINT = MODELS / "bn.safetensors"
-
-VARIANTS = ("bn", "plain")
 CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
 PREDICTION_COLUMNS = ("index", "actual", "predicted", "probability")
 
@@ -305,11 +300,12 @@ def read_results() -> Results:
     Raises:
         UserError: An input is missing, malformed, or does not fit the others.
     """
+    params = load_params()
     test = load_split(TEST_SPLIT)
     parity = read_parity()
     files = [CHECKPOINT, *(MODELS / name for name in parity.graphs)]
     return Results(
-        params=load_params(),
+        params=params,
         data=read_record(REPORTS / "metrics/data.json", DataMetrics, "prepare"),
         test=test,
         networks={variant: read_network(variant, test) for variant in VARIANTS},

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mnist_batchnorm.batchnorm import statistics_untouched
-from mnist_batchnorm.dataset import CLASSES, PREPARED, SIDE, load_split, network_input
+from mnist_batchnorm.dataset import CLASSES, SIDE, load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest, write_json, write_text
-from mnist_batchnorm.model import MODELS, VARIANTS, Architecture, Checkpoint, save_checkpoint
+from mnist_batchnorm.layout import MODELS, PREPARED, REPORTS, VARIANTS
+from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from mnist_batchnorm.params import TrainParams
-
-CURVES = Path("reports/curves")
-METRICS = Path("reports/metrics")
 
 EVALUATION_BATCH = 10_000  # images; bounds memory, no effect on the statistics
 PROGRESS_STEPS = 50  # between looks at the loss: each look waits for a GPU
@@ -94,8 +92,8 @@ def make_deterministic() -> None:
 def measure(model: nn.Module, split: DeviceSplit) -> tuple[float, float]:
     """Return mean cross-entropy (nats) and accuracy (0 to 1) over a split, in eval mode.
 
-    The model's mode and its running statistics are as before when this returns; that the
-    statistics did not move is checked, not assumed.
+    The model, all of it, is in its mode of before when this returns, and its running statistics
+    have not moved: that is checked, not assumed.
     """
     training = model.training
     model.eval()
@@ -227,8 +225,9 @@ def command(variant: str) -> None:
     }
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     save_checkpoint(MODELS / f"{variant}.safetensors", Checkpoint(network, state, provenance))
-    write_curve(CURVES / f"{variant}.csv", curve)
-    write_json(METRICS / f"train-{variant}.json", {"device": device.type, **asdict(curve[-1])})
+    write_curve(REPORTS / f"curves/{variant}.csv", curve)
+    last = {"device": device.type, **asdict(curve[-1])}
+    write_json(REPORTS / f"metrics/train-{variant}.json", last)
 
 
 def describe_device(device: torch.device) -> str:

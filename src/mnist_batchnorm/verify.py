@@ -8,15 +8,14 @@ from typing import Any
 import click
 import numpy as np
 
-from mnist_batchnorm.dataset import PREPARED, load_split, network_input
+from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError
-from mnist_batchnorm.export import CHECKPOINT, GRAPHS
 from mnist_batchnorm.files import digest, write_json
-from mnist_batchnorm.model import MODELS, load_checkpoint
+from mnist_batchnorm.layout import CHECKPOINT, GRAPHS, MODELS, REPORTS, TEST_SPLIT
+from mnist_batchnorm.model import load_checkpoint
 from mnist_batchnorm.parity import GraphReport, Reference, check_graph
 
-REPORT = Path("reports/parity.json")
-TEST_SPLIT = PREPARED / "test.safetensors"
+REPORT = REPORTS / "parity.json"
 
 
 def verify(

@@ -11,13 +11,12 @@ from google.protobuf.message import DecodeError
 
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
+from mnist_batchnorm.layout import WEIGHTS_KEY
 from mnist_batchnorm.model import Checkpoint
 from mnist_batchnorm.parity.outputs import Reference, check_outputs
 from mnist_batchnorm.parity.report import Check, verdict
 from mnist_batchnorm.parity.structure import check_structure
 from mnist_batchnorm.parity.weights import check_weights
-
-WEIGHTS_KEY = "mnist_batchnorm.weights_sha256"  # in the ONNX file's metadata_props
 
 
 @dataclass(frozen=True)
