@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from mnist_batchnorm.dataset import CLASSES, SIDE, load_split
 from mnist_batchnorm.evaluate import evaluate
 from mnist_batchnorm.files import digest, write_bytes, write_json, write_text
-from mnist_batchnorm.model import VARIANTS, Checkpoint, save_checkpoint
+from mnist_batchnorm.layout import VARIANTS
+from mnist_batchnorm.model import Checkpoint, save_checkpoint
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.parity import Check, GraphReport
 from mnist_batchnorm.train import Epoch, architecture, write_curve

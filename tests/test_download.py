@@ -859,8 +859,8 @@ def test_ctrl_c_leaves_no_partial_file(project: Path, raw: Path, server: Server)
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.strip() == "Aborted!"
+    assert process.returncode == 130
+    assert err.strip() == "interrupted"
     assert held(raw) == {FIRST: COMPLETE[FIRST]}
 
 

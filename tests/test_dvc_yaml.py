@@ -25,7 +25,7 @@ def module_file(module: str) -> Path | None:
 
 def imports(path: Path) -> set[str]:
     """Modules of this project that a file imports, at its top or inside a function."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)

@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from mnist_batchnorm import cli, export, model, regress
+from mnist_batchnorm import cli, layout, regress
 from mnist_batchnorm.dataset import Split, load_split, network_input
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.model import load_checkpoint
 from mnist_batchnorm.params import load_params
-from mnist_batchnorm.parity import gate
 from mnist_batchnorm.parity.weights import fold
 
 ROOT = Path(__file__).parent.parent
@@ -93,15 +92,15 @@ class Network:
             opset_imports=[helper.make_opsetid("", 20)],
             ir_version=10,
         )
-        helper.set_model_props(proto, {regress.WEIGHTS_KEY: self.weights_sha256})
+        helper.set_model_props(proto, {layout.WEIGHTS_KEY: self.weights_sha256})
         onnx.checker.check_model(proto, full_check=True)
         content: bytes = proto.SerializeToString()
         return content
 
     def write(self) -> None:
         """Write both graphs where the pipeline does."""
-        for name in regress.GRAPHS:
-            path = regress.MODELS / name
+        for name in layout.GRAPHS:
+            path = layout.MODELS / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(self.graph(folded=name == "bn-folded.onnx"))
 
@@ -174,7 +173,7 @@ def pinned(run: Command) -> bytes:
 def test_unchanged_models_pass(run: Command) -> None:
     outcome = run()
     assert outcome.status == 0
-    for name in regress.GRAPHS:
+    for name in layout.GRAPHS:
         assert f"models/{name}: same outputs" in outcome.out
     assert outcome.out.count("the very file that was pinned") == 2
     assert outcome.out.count("0 of 64 changed") == 2
@@ -183,10 +182,10 @@ def test_unchanged_models_pass(run: Command) -> None:
 
 @pytest.mark.usefixtures("pinned")
 def test_same_network_in_other_files_passes(run: Command) -> None:
-    for name in regress.GRAPHS:
-        proto = onnx.load(regress.MODELS / name)
+    for name in layout.GRAPHS:
+        proto = onnx.load(layout.MODELS / name)
         proto.producer_name = "another exporter"
-        onnx.save(proto, regress.MODELS / name)
+        onnx.save(proto, layout.MODELS / name)
     outcome = run()
     assert outcome.status == 0
     assert outcome.out.count("the pinned weights (aaaaaaaaaaaa), but the file is another") == 2
@@ -245,7 +244,7 @@ def test_one_weight_in_one_graph_is_that_graphs_change(run: Command, network: Ne
     bias = network.state["linear3.bias"].copy()
     bias[3] += 0.5
     changed = replace(network, state=network.state | {"linear3.bias": bias})
-    (regress.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
+    (layout.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
     outcome = run()
     assert outcome.status == 1
     assert "models/bn.onnx: same outputs" in outcome.out
@@ -318,9 +317,9 @@ def test_missing_goldens_say_how_to_pin_them(run: Command) -> None:
     assert "mnist-bn regress --update" in outcome.err
 
 
-@pytest.mark.parametrize("name", regress.GRAPHS)
+@pytest.mark.parametrize("name", layout.GRAPHS)
 def test_missing_model_says_how_to_make_it(run: Command, name: str) -> None:
-    (regress.MODELS / name).unlink()
+    (layout.MODELS / name).unlink()
     outcome = run()
     assert outcome.status == 2
     assert f"no models/{name}; run `dvc repro export` first" in outcome.err
@@ -407,7 +406,7 @@ def test_any_damage_to_goldens_is_read_or_refused(
 )
 @pytest.mark.usefixtures("pinned")
 def test_damaged_model_is_refused(run: Command, size: int) -> None:
-    path = regress.MODELS / "bn.onnx"
+    path = layout.MODELS / "bn.onnx"
     path.write_bytes(path.read_bytes()[:size])
     outcome = run()
     assert outcome.status == 2
@@ -434,7 +433,7 @@ def test_frozen_batch_axis_fails(run: Command, network: Network) -> None:
 @pytest.mark.usefixtures("pinned")
 def test_statistics_of_the_batch_fail(run: Command, network: Network) -> None:
     content = replace(network, training_mode=1).graph(folded=False)
-    (regress.MODELS / "bn.onnx").write_bytes(content)
+    (layout.MODELS / "bn.onnx").write_bytes(content)
     outcome = run("--json")
     assert outcome.status == 1
     report = json.loads(outcome.out)["graphs"]["bn.onnx"]
@@ -460,7 +459,7 @@ def test_another_number_of_classes_fails(run: Command, network: Network) -> None
     for tensor in proto.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(state[tensor.name], tensor.name))
     proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
-    onnx.save(proto, regress.MODELS / "bn.onnx")
+    onnx.save(proto, layout.MODELS / "bn.onnx")
     outcome = run()
     assert outcome.status == 1
     assert "float32 (64, 5) at batch size 64, expected float32 (64, 10)" in outcome.err
@@ -469,7 +468,7 @@ def test_another_number_of_classes_fails(run: Command, network: Network) -> None
 def test_graphs_that_disagree_are_not_pinned(run: Command, pinned: bytes, network: Network) -> None:
     bias = network.state["linear3.bias"] + np.float32(0.5)
     changed = replace(network, state=network.state | {"linear3.bias": bias})
-    (regress.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
+    (layout.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
     outcome = run("--update")
     assert outcome.status == 1
     assert "nothing pinned" in outcome.err
@@ -527,12 +526,6 @@ finally:
         [sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_constants_are_those_of_the_modules_that_import_torch() -> None:
-    assert tuple(export.GRAPHS) == regress.GRAPHS
-    assert model.MODELS == regress.MODELS
-    assert gate.WEIGHTS_KEY == regress.WEIGHTS_KEY
 
 
 def test_tolerance_follows_from_the_gate() -> None:

@@ -93,7 +93,7 @@ def legacy_export(model: nn.Module, mode: torch.onnx.TrainingMode, folder: Path)
     path = folder / "legacy.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # all of that exporter is deprecated
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", "ONNX Preprocess", UserWarning)
         torch.onnx.export(
             model,

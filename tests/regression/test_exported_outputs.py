@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 from mnist_batchnorm.dataset import CLASSES, Split, load_split, network_input
 from mnist_batchnorm.files import digest
+from mnist_batchnorm.layout import GRAPHS
 from mnist_batchnorm.params import load_params
 from mnist_batchnorm.regress import (
     BATCH_SIZES,
-    GRAPHS,
     Goldens,
     Graph,
     load_goldens,

@@ -1,0 +1,133 @@
+"""What tests of several modules share: the command line, and a slice of real MNIST made ready."""
+
+import gzip
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+from mnist_batchnorm import cli
+from mnist_batchnorm.params import Params, PrepareParams, load_params
+from mnist_batchnorm.prepare import prepare
+
+if TYPE_CHECKING:
+    from mnist_batchnorm.model import Checkpoint
+
+ROOT = Path(__file__).parent.parent
+SLICE = ROOT / "tests/fixtures/mnist"
+
+# as `make_deterministic` does: these networks are too small to share out, and xdist's workers,
+# like the programs that tests start, share the cores already
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# the same examples on every run; no deadline, because the machine may be busy
+settings.register_profile("tests", derandomize=True, deadline=None)
+settings.load_profile("tests")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+MnistBn = Callable[..., Outcome]
+
+
+@pytest.fixture
+def mnist_bn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> MnistBn:
+    """Run ``mnist-bn`` with arguments, in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mnist-bn", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that holds params.yaml and nothing else."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(ROOT / "params.yaml", folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def params() -> Params:
+    """The committed params.yaml."""
+    return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The raw files of the slice: 2,000 training and 500 test images."""
+    folder = tmp_path_factory.mktemp("raw")
+    for source in sorted(SLICE.glob("*.gz")):
+        (folder / source.stem).write_bytes(gzip.decompress(source.read_bytes()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The slice's splits, 1,800 train, 200 valid and 500 test images, and data.json."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(raw, folder, folder / "data.json", PrepareParams(valid_size=200, seed=0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Path, params: Params) -> "Checkpoint":
+    """The batch-norm network after one epoch on the slice."""
+    import torch
+
+    from mnist_batchnorm.model import Checkpoint
+    from mnist_batchnorm.train import DeviceSplit, architecture, fit
+
+    cpu = torch.device("cpu")
+    train, valid = (
+        DeviceSplit.load(prepared / f"{name}.safetensors", cpu) for name in ("train", "valid")
+    )
+    network = architecture("bn", params.train)
+    model = network.build(params.train.seed)
+    fit(model, train, valid, params.train.model_copy(update={"epochs": 1}))
+    provenance = {
+        "variant": "bn",
+        "train_sha256": "1" * 64,
+        "params": params.train.model_dump(mode="json"),
+        "device": "cpu",
+    }
+    return Checkpoint(network, model.state_dict(), provenance)
+
+
+@pytest.fixture(scope="session")
+def weights(trained: "Checkpoint", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of `trained`."""
+    from mnist_batchnorm.model import save_checkpoint
+
+    path = tmp_path_factory.mktemp("models") / "bn.safetensors"
+    save_checkpoint(path, trained)
+    return path

@@ -1,0 +1,184 @@
+import hashlib
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import pytest
+
+from mnist_batchnorm.cli import COMMANDS
+from mnist_batchnorm.download import FILES
+from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.params import Params
+from tests.conftest import MnistBn
+
+HEAVY = {"torch", "mlflow", "onnx", "onnxruntime", "matplotlib", "dvc", "pandas"}
+PER_NETWORK = ("train", "evaluate")
+TELL_IMPORTS = """
+import sys
+from mnist_batchnorm.cli import main
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+
+
+def imported(*arguments: str) -> set[str]:
+    """Run the command line, which must end well, in a new process; return what it imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", TELL_IMPORTS, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def arguments(command: str) -> list[str]:
+    return [command, "bn"] if command in PER_NETWORK else [command]
+
+
+# --- what is imported ---------------------------------------------------------------------------
+
+
+def test_help_imports_no_stage() -> None:
+    modules = imported("--help")
+    ours = {name for name in modules if name.startswith("mnist_batchnorm")}
+    assert ours == {"mnist_batchnorm", "mnist_batchnorm.cli", "mnist_batchnorm.errors"}
+    assert not modules & (HEAVY | {"numpy"})
+
+
+def test_download_and_prepare_import_nothing_heavy(
+    project: Path, raw: Path, params: Params
+) -> None:
+    text = (project / "params.yaml").read_text().replace("valid_size: 5000", "valid_size: 200")
+    (project / "data/raw").mkdir(parents=True)
+    for stem, sha256 in params.download.sha256.by_file().items():
+        content = (raw / FILES[stem]).read_bytes()
+        (project / "data/raw" / FILES[stem]).write_bytes(content)
+        text = text.replace(sha256, hashlib.sha256(content).hexdigest())
+    (project / "params.yaml").write_text(text)
+    for command in ("download", "prepare"):
+        modules = imported(command)
+        assert f"mnist_batchnorm.{command}" in modules
+        assert not modules & HEAVY
+    assert (project / "data/prepared/train.safetensors").is_file()
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands_in_order(mnist_bn: MnistBn) -> None:
+    done = mnist_bn("--help")
+    assert done.status == 0
+    section = done.out.partition("Commands:\n")[2]
+    names = [line.split()[0] for line in section.splitlines() if line[2:3].strip()]
+    assert names == list(COMMANDS)
+    for summary in COMMANDS.values():
+        assert " ".join(summary.split()) in " ".join(done.out.split())
+    assert mnist_bn("-h") == done
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command: str, mnist_bn: MnistBn) -> None:
+    done = mnist_bn(command, "--help")
+    assert done.status == 0
+    assert done.out.startswith(f"Usage: mnist-bn {command} ")
+    assert ("{bn|plain}" in done.out) == (command in PER_NETWORK)
+    assert done.err == ""
+
+
+def test_version(mnist_bn: MnistBn) -> None:
+    done = mnist_bn("--version")
+    assert done.status == 0
+    assert done.out == f"mnist-bn, version {version('mnist-batchnorm')}\n"
+
+
+# --- exit statuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (None, 0, ""),
+        (CheckFailedError("3 of 10,000 differ"), 1, "FAILED: 3 of 10,000 differ\n"),
+        (UserError("no such file"), 2, "error: no such file\n"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
+)
+def test_exit_status_tells_how_it_ended(
+    error: BaseException | None,
+    status: int,
+    message: str,
+    mnist_bn: MnistBn,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @click.command()
+    def command() -> None:
+        click.echo("result")
+        if error:
+            raise error
+
+    monkeypatch.setattr("mnist_batchnorm.prepare.command", command)
+    done = mnist_bn("prepare")
+    assert (done.status, done.out, done.err) == (status, "result\n", message)
+
+
+def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn) -> None:
+    @click.command()
+    def command() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mnist_batchnorm.prepare.command", command)
+    with pytest.raises(ZeroDivisionError):
+        mnist_bn("prepare")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["trian", "bn"], "No such command 'trian'"),
+        (["--fast"], "No such option"),
+        (["train"], "Missing argument"),
+        (["train", "resnet"], "'resnet' is not one of 'bn', 'plain'"),
+        (["prepare", "now"], "unexpected extra argument"),
+        (["prepare", "--seed", "1"], "No such option"),
+    ],
+)
+def test_wrong_usage_exits_2(line: list[str], message: str, mnist_bn: MnistBn) -> None:
+    done = mnist_bn(*line)
+    assert done.status == 2
+    assert message in done.err
+    assert done.out == ""
+
+
+WHAT_TO_DO = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_outside_the_project_each_command_exits_2_and_says_what_to_do(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = mnist_bn(*arguments(command))
+    assert done.status == 2
+    assert done.out == ""
+    assert done.err.startswith("error: ")
+    assert WHAT_TO_DO.search(done.err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "download"])
+def test_before_the_stages_it_needs_each_command_exits_2_and_says_what_to_do(
+    command: str, project: Path, mnist_bn: MnistBn
+) -> None:
+    done = mnist_bn(*arguments(command))
+    assert done.status == 2
+    assert done.out == ""
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert WHAT_TO_DO.search(done.err)
+    assert [path.name for path in project.iterdir()] == ["params.yaml"]

@@ -1,0 +1,276 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from mnist_batchnorm.dataset import load_split, network_input
+from mnist_batchnorm.errors import CheckFailedError
+from mnist_batchnorm.export import export, export_onnx
+from mnist_batchnorm.layout import GRAPHS
+from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
+from mnist_batchnorm.params import ExportParams
+from tests.conftest import MnistBn
+
+OPSET = 20
+ALLOWED = ExportParams.model_json_schema()["properties"]["opset"]
+
+
+@pytest.fixture(scope="session")
+def exported(weights: Path) -> dict[str, bytes]:
+    return export(weights, OPSET)
+
+
+@pytest.fixture(params=GRAPHS)
+def content(exported: dict[str, bytes], request: pytest.FixtureRequest) -> bytes:
+    """The bytes of each graph in turn."""
+    return exported[request.param]
+
+
+@pytest.fixture
+def proto(content: bytes) -> onnx.ModelProto:
+    return onnx.load_from_string(content)
+
+
+def logits(content: bytes, inputs: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], {"image": inputs})[0])
+
+
+# --- the graphs ---------------------------------------------------------------------------------
+
+
+def test_interface_is_named_and_its_batch_axis_symbolic(proto: onnx.ModelProto) -> None:
+    def interface(value: onnx.ValueInfoProto) -> tuple[str, int, list[str | int]]:
+        tensor = value.type.tensor_type
+        shape = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
+        return value.name, tensor.elem_type, shape
+
+    float32 = onnx.TensorProto.FLOAT
+    assert [interface(value) for value in proto.graph.input] == [("image", float32, ["batch", 784])]
+    assert [interface(value) for value in proto.graph.output] == [
+        ("logits", float32, ["batch", 10])
+    ]
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", OPSET)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 500])
+def test_graph_computes_what_the_network_computes(
+    content: bytes, trained: Checkpoint, prepared: Path, n: int
+) -> None:
+    inputs = network_input(load_split(prepared / "test.safetensors").images[:n])
+    with torch.no_grad():
+        expected = trained.model()(torch.from_numpy(inputs)).numpy()
+    error = np.abs(logits(content, inputs) - expected).max(axis=1)
+    # relative to the row's largest logit; 5e-6 is what the gate allows
+    assert (error / np.abs(expected).max(axis=1)).max() < 5e-6
+
+
+def test_bn_onnx_keeps_its_batch_norm_and_holds_the_weights_bit_for_bit(
+    exported: dict[str, bytes], trained: Checkpoint
+) -> None:
+    proto = onnx.load_from_string(exported["bn.onnx"])
+    nodes = [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
+    assert [list(node.input[1:]) for node in nodes] == [
+        [f"bn{i}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+        for i in (1, 2)
+    ]
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes.get("training_mode", 0) == 0
+        assert attributes["epsilon"] == np.float32(1e-5)
+        assert len(node.output) == 1
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    expected = {k: v.numpy() for k, v in trained.state.items() if "num_batches" not in k}
+    assert held.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(held[name].view(np.uint32), array.view(np.uint32))
+
+
+def test_bn_folded_onnx_has_no_batch_norm_left(
+    exported: dict[str, bytes], trained: Checkpoint
+) -> None:
+    proto = onnx.load_from_string(exported["bn-folded.onnx"])
+    assert [node.op_type for node in proto.graph.node] == ["Gemm", "Relu", "Gemm", "Relu", "Gemm"]
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    for i in (1, 2):
+        state = {
+            k: trained.state[f"bn{i}.{k}"].double().numpy()
+            for k in ("weight", "bias", "running_mean", "running_var")
+        }
+        linear = {k: trained.state[f"linear{i}.{k}"].double().numpy() for k in ("weight", "bias")}
+        scale = state["weight"] / np.sqrt(state["running_var"] + 1e-5)
+        np.testing.assert_allclose(
+            held[f"linear{i}.weight"], linear["weight"] * scale[:, None], rtol=1e-5, atol=1e-7
+        )
+        np.testing.assert_allclose(
+            held[f"linear{i}.bias"],
+            (linear["bias"] - state["running_mean"]) * scale + state["bias"],
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+def test_other_widths_and_the_plain_network_export_too() -> None:
+    model = Architecture((20, 6, 3), batch_norm=False).build(1).eval()
+    content = export_onnx(model, OPSET, fold=False).SerializeToString()
+    inputs = np.random.default_rng(0).random((5, 20), dtype=np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(inputs)).numpy()
+    np.testing.assert_allclose(logits(content, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", range(ALLOWED["minimum"], ALLOWED["maximum"] + 1))
+def test_every_opset_that_params_allow_exports_and_runs(
+    opset: int, weights: Path, trained: Checkpoint
+) -> None:
+    inputs = np.random.default_rng(0).random((7, 784), dtype=np.float32)
+    with torch.no_grad():
+        expected = trained.model()(torch.from_numpy(inputs)).numpy()
+    for content in export(weights, opset).values():
+        (used,) = onnx.load_from_string(content).opset_import
+        assert used.version == opset
+        np.testing.assert_allclose(logits(content, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- nothing but content ------------------------------------------------------------------------
+
+
+def test_one_file_without_external_data(proto: onnx.ModelProto) -> None:
+    for tensor in proto.graph.initializer:
+        assert tensor.data_location == onnx.TensorProto.DEFAULT
+        assert not tensor.external_data
+
+
+def test_nothing_of_this_machine_is_inside(content: bytes, proto: onnx.ModelProto) -> None:
+    for folder in (Path.cwd(), Path(sys.prefix), Path.home(), Path(tempfile.gettempdir())):
+        assert os.fsencode(folder) + b"/" not in content
+    assert b".py" not in content
+    assert b"pkg." not in content
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        assert not part.metadata_props
+        assert not part.doc_string
+    assert not proto.doc_string
+    assert len(proto.functions) == 0
+
+
+def test_provenance_is_what_made_the_model(
+    proto: onnx.ModelProto, weights: Path, trained: Checkpoint
+) -> None:
+    params = json.dumps(trained.provenance["params"], sort_keys=True).encode()
+    assert {entry.key: entry.value for entry in proto.metadata_props} == {
+        "mnist_batchnorm.weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "mnist_batchnorm.train_data_sha256": trained.provenance["train_sha256"],
+        "mnist_batchnorm.train_params_sha256": hashlib.sha256(params).hexdigest(),
+        "mnist_batchnorm.input": "float32 [batch, 784], pixel / 255, rows top to bottom",
+        "mnist_batchnorm.output": "float32 [batch, 10], one logit a digit, no softmax",
+    }
+
+
+@pytest.mark.slow
+def test_another_process_makes_the_same_bytes(
+    weights: Path, exported: dict[str, bytes], tmp_path: Path
+) -> None:
+    """In another folder, with other hash seeds; the checkpoint too."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mnist_batchnorm.export import export\n"
+        "from mnist_batchnorm.model import load_checkpoint, save_checkpoint\n"
+        f"for name, content in export(Path(sys.argv[1]), {OPSET}).items():\n"
+        "    Path(name).write_bytes(content)\n"
+        "save_checkpoint(Path('bn.safetensors'), load_checkpoint(Path(sys.argv[1])))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, weights],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+        check=True,
+        capture_output=True,
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        **exported,
+        "bn.safetensors": weights.read_bytes(),
+    }
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def keep_no_statistics(model: nn.Sequential) -> None:
+    model.bn2 = nn.BatchNorm1d(32, track_running_stats=False).eval()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.train(), "in train mode: Sequential"),
+        (lambda model: model.bn2.train(), "in train mode: bn2"),
+        (lambda model: model.bn1.reset_running_stats(), "bn1 has never updated"),
+        (keep_no_statistics, "bn2 keeps no running statistics"),
+    ],
+    ids=["train mode", "one layer in train mode", "never updated", "no statistics"],
+)
+def test_network_that_is_not_frozen_is_not_exported(
+    trained: Checkpoint, fold: bool, spoil: Callable[[nn.Sequential], object], message: str
+) -> None:
+    model = trained.model()
+    spoil(model)
+    with pytest.raises(CheckFailedError, match=message):
+        export_onnx(model, OPSET, fold)
+
+
+def test_command_writes_both_files(
+    project: Path, weights: Path, exported: dict[str, bytes], mnist_bn: MnistBn
+) -> None:
+    shutil.copytree(weights.parent, project / "models")
+    done = mnist_bn("export")
+    assert done.status == 0, done.err
+    assert done.out == "".join(
+        f"models/{name}: {len(content):,} bytes\n" for name, content in exported.items()
+    )
+    assert {name: (project / "models" / name).read_bytes() for name in exported} == exported
+
+
+def test_command_refuses_an_untrained_checkpoint(
+    project: Path, trained: Checkpoint, mnist_bn: MnistBn
+) -> None:
+    untrained = replace(trained, state=trained.architecture.build().state_dict())
+    save_checkpoint(project / "models/bn.safetensors", untrained)
+    done = mnist_bn("export")
+    assert done.status == 1
+    assert done.err == "FAILED: bn1 has never updated its running statistics: train first\n"
+    assert not list(project.glob("models/*.onnx"))
+
+
+def test_command_refuses_the_network_without_batch_norm(
+    project: Path, trained: Checkpoint, mnist_bn: MnistBn
+) -> None:
+    plain = replace(trained.architecture, batch_norm=False)
+    checkpoint = replace(trained, architecture=plain, state=plain.build().state_dict())
+    save_checkpoint(project / "models/bn.safetensors", checkpoint)
+    done = mnist_bn("export")
+    assert done.status == 2
+    assert "holds the network without batch norm" in done.err
+    assert not list(project.glob("models/*.onnx"))
+
+
+def test_command_without_a_checkpoint_says_what_to_run(project: Path, mnist_bn: MnistBn) -> None:
+    done = mnist_bn("export")
+    assert done.status == 2
+    assert "no models/bn.safetensors; run `dvc repro train` first" in done.err
