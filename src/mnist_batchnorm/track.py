@@ -1,0 +1,257 @@
+"""Stage track: complete the MLflow runs from the files on disk, and leave alone what is there."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+from tenacity import retry, stop_after_attempt, wait_fixed
+
+from mnist_batchnorm.dataset import CLASSES, SIDE, network_input
+from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.files import digest
+from mnist_batchnorm.layout import MODELS, REPORTS, VARIANTS
+from mnist_batchnorm.params import load_params
+from mnist_batchnorm.results import Network, Results, read_results
+from mnist_batchnorm.runs import (
+    Origin,
+    Point,
+    Runs,
+    curve_points,
+    now,
+    store_root,
+    warn,
+    without_password,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+EXAMPLES = 3  # test images in the model's input example
+REPORTS_TAG = "mnist_bn.reports"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What MLflow shall know about one network once the pipeline has run.
+
+    Attributes:
+        origin: what made its training run.
+        curve: the learning curve.
+        metrics: measured after training, by MLflow's name.
+        tags: further tags.
+        reports: pictures, tables and pages about it, in ``reports/``.
+        models: ONNX files made of it.
+        example: test images as the models take them, float32 ``[3, 784]``.
+    """
+
+    origin: Origin
+    curve: list[Point]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    reports: list[Path]
+    models: list[Path]
+    example: "npt.NDArray[np.float32]"
+
+
+def gather(results: Results, variant: str) -> Outcome:
+    """Select what concerns one network; parity and the ONNX models concern batch norm only.
+
+    Raises:
+        UserError: A report is missing.
+    """
+    network = results.networks[variant]
+    metrics = measurements(network)
+    tags = {}
+    models = []
+    pictures = sorted((REPORTS / "plots").glob("*.svg"))
+    others = [f"-{other}" for other in VARIANTS if other != variant]
+    reports = [
+        *(path for path in pictures if not path.stem.endswith(tuple(others))),
+        REPORTS / f"confusion/{variant}.csv",
+        REPORTS / "index.html",
+        REPORTS / "model_card.md",
+    ]
+    if variant == "bn":
+        graphs = results.parity.graphs
+        metrics |= {
+            f"parity_max_relative_error/{name}": graph.max_relative_error
+            for name, graph in graphs.items()
+            if graph.max_relative_error is not None
+        }
+        tags["parity"] = "passed" if results.parity.proven else "failed"
+        models = [MODELS / name for name in graphs]
+        reports.append(REPORTS / "parity.json")
+    for path in reports if pictures else [REPORTS / "plots"]:
+        if not path.is_file():
+            raise UserError(f"no {path}; run `dvc repro report` first")
+    return Outcome(
+        Origin.of_curve(variant, network.device),
+        network_curve(network),
+        metrics,
+        tags,
+        reports,
+        models,
+        network_input(results.test.images[:EXAMPLES]),
+    )
+
+
+def measurements(network: Network) -> dict[str, float]:
+    """Name the measurements on the test images as MLflow shows them."""
+    return {
+        "test/accuracy": network.test.accuracy,
+        "test/loss": network.test.loss,
+        "test/calibration_error": network.test.calibration_error,
+        **{
+            f"test_class_accuracy/{digit}": accuracy
+            for digit, accuracy in network.test.per_class_accuracy.items()
+        },
+    }
+
+
+def network_curve(network: Network) -> list[Point]:
+    """Turn the columns of a learning curve into points."""
+    rows = zip(*(column.tolist() for column in network.curve.values()), strict=True)
+    return [
+        point for row in rows for point in curve_points(dict(zip(network.curve, row, strict=True)))
+    ]
+
+
+def track(runs: Runs, outcome: Outcome) -> str:
+    """Bring one run to the state of the files; doing it twice changes nothing.
+
+    Returns:
+        The run's id.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    with runs.lock:
+        run_id = runs.record(outcome.origin, outcome.curve, "FINISHED")
+        data = runs.client.get_run(run_id).data
+        metrics = [
+            Metric(name, value, now(), step=0)
+            for name, value in outcome.metrics.items()
+            if data.metrics.get(name) != value
+        ]
+        tags = [RunTag(*tag) for tag in outcome.tags.items() - data.tags.items()]
+        if metrics or tags:
+            runs.client.log_batch(run_id, metrics, tags=tags)
+        log_reports(runs, run_id, outcome.reports, data.tags.get(REPORTS_TAG))
+        for path in outcome.models:
+            log_onnx(runs, run_id, path, outcome.example)
+    return run_id
+
+
+def log_reports(runs: Runs, run_id: str, reports: list[Path], logged: str | None) -> None:
+    """Log files under their paths in ``reports/``, unless ``logged`` says they are there."""
+    hashes = {path.as_posix(): digest(path) for path in reports}
+    state = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    if state == logged:
+        return
+    for path in reports:
+        folder = path.parent.relative_to(REPORTS).as_posix()
+        runs.client.log_artifact(run_id, str(path), None if folder == "." else folder)
+    runs.client.set_tag(run_id, REPORTS_TAG, state)
+
+
+def log_onnx(runs: Runs, run_id: str, path: Path, example: "npt.NDArray[np.float32]") -> None:
+    """Log an ONNX file, byte for byte, as an MLflow model, unless the run has it.
+
+    Args:
+        runs: where.
+        run_id: the run that it belongs to.
+        path: ``models/bn.onnx`` becomes the model ``bn``.
+        example: float32 ``[n, 784]``, shown as the model's input example.
+    """
+    sha256 = digest(path)
+    for model in runs.client.search_logged_models(
+        [runs.experiment_id], f"source_run_id = '{run_id}' AND tags.sha256 = '{sha256}'"
+    ):
+        if model.name == path.stem:
+            if model.status == "READY":
+                return
+            runs.client.delete_logged_model(model.model_id)  # an upload that was cut short
+
+    import mlflow
+    import mlflow.onnx
+    import onnx
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    mlflow.set_tracking_uri(runs.uri)
+    graph = onnx.load(path)
+    (image,), (logits,) = graph.graph.input, graph.graph.output
+    float32 = np.dtype(np.float32)
+    model = mlflow.initialize_logged_model(
+        path.stem,
+        source_run_id=run_id,
+        tags={"sha256": sha256, "mlflow.source.name": "mnist-bn track"},
+        params=runs.client.get_run(run_id).data.params,
+        experiment_id=runs.experiment_id,
+    )
+    mlflow.onnx.log_model(
+        graph,
+        name=path.stem,
+        model_id=model.model_id,
+        run_id=run_id,
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(float32, (-1, SIDE * SIDE), image.name)]),
+            outputs=Schema([TensorSpec(float32, (-1, CLASSES), logits.name)]),
+        ),
+        input_example={image.name: example},
+        onnx_execution_providers=["CPUExecutionProvider"],
+        # named, for MLflow would load the model and guess
+        pip_requirements=[
+            f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")
+        ],
+        save_as_external_data=False,
+    )
+
+
+# what is done is not done again, so once more is all that a server's hiccup needs
+@retry(stop=stop_after_attempt(2), wait=wait_fixed(0.5), reraise=True)
+def complete(experiment: str, root: Path, outcomes: list[Outcome]) -> list[str]:
+    """Track every outcome and say where it is.
+
+    Raises:
+        Exception: whatever MLflow or a plug-in of its raises for a store that is not usable.
+    """
+    runs = Runs.open(experiment, root)
+    ids = {outcome.origin.variant: track(runs, outcome) for outcome in outcomes}
+    return [
+        *(f"{variant}: MLflow run {run_id}" for variant, run_id in ids.items()),
+        f"compare them: {charts(runs)}",
+    ]
+
+
+def charts(runs: Runs) -> str:
+    """Say where the UI shows the learning curves of all runs in one chart each."""
+    # MLflow's front page is about language models
+    page = f"#/experiments/{runs.experiment_id}/runs?workflowType=machine_learning"
+    server = runs.uri.startswith(("http:", "https:"))
+    start = without_password(runs.uri.rstrip("/")) if server else "make ui, http://127.0.0.1:5000"
+    return f"{start}/{page}&compareRunsMode=CHART"
+
+
+@click.command()
+def command() -> None:
+    """Complete the MLflow runs from the files on disk.
+
+    A store that cannot be reached is worth a warning, not a failed pipeline: nothing is lost, the
+    same command completes the runs later.
+    """
+    experiment = load_params().track.experiment
+    results = read_results()
+    outcomes = [gather(results, variant) for variant in VARIANTS]
+    root = store_root()
+    try:
+        for line in complete(experiment, root, outcomes):
+            click.echo(line)
+    except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
+        warn(error, root)
+        click.echo("MLflow does not have all of the runs; `mnist-bn track` tries again", err=True)

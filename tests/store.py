@@ -1,0 +1,128 @@
+"""What the tests of tracking share: an MLflow store, a folder to track from, and bad servers."""
+
+import contextlib
+import functools
+import http.server
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mnist_batchnorm import runs
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+DVC_YAML = """\
+stages:
+  train:
+    matrix:
+      variant: [bn, plain]
+    cmd: mnist-bn train ${item.variant}
+    deps:
+      - train.py
+      - data/prepared/train.safetensors
+      - data/prepared/valid.safetensors
+    params:
+      - train
+"""
+
+
+@functools.cache
+def empty_database() -> bytes:
+    """MLflow's database without runs: it takes seconds to create, so once is enough."""
+    with tempfile.TemporaryDirectory() as folder:
+        # an experiment remembers where its artefacts are: this one is none that a test uses
+        runs.Runs.open("elsewhere", Path(folder))
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
+def use_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what tracking sets for its process, so that it is undone after the test."""
+    for name, value in runs.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def make_trainable(folder: Path) -> None:
+    """Write what stage train depends on, beside params.yaml."""
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    (folder / "train.py").write_text("print('train')\n")
+    prepared = folder / "data/prepared"
+    prepared.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "valid"):
+        if not (prepared / f"{split}.safetensors").exists():
+            (prepared / f"{split}.safetensors").write_bytes(split.encode())
+
+
+def client(folder: Path) -> "MlflowClient":
+    """Connect to the database in a folder."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def all_runs(folder: Path) -> "list[Run]":
+    """Every run in the store, the oldest first."""
+    found = client(folder)
+    ids = [e.experiment_id for e in found.search_experiments()]
+    result: list[Run] = found.search_runs(ids, order_by=["attributes.start_time ASC"])
+    return result
+
+
+def history(folder: Path, run: "Run", metric: str) -> list[tuple[int, float]]:
+    """Every point of a metric, repeated ones too, by step."""
+    points = client(folder).get_metric_history(run.info.run_id, metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+class Failing(http.server.BaseHTTPRequestHandler):
+    """Answers every request with 500."""
+
+    def do_GET(self) -> None:
+        self.send_error(500)
+
+    def do_POST(self) -> None:
+        self.send_error(500)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """The address of a server that is down."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def hanging() -> Iterator[str]:
+    """The address of a server that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def failing() -> Iterator[str]:
+    """The address of a server that answers 500."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+BAD_SERVERS = [refusing, hanging, failing]

@@ -1,0 +1,279 @@
+"""The last stage makes MLflow hold what the files hold, however often it runs."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from mnist_batchnorm.params import Params
+from mnist_batchnorm.runs import Origin, Runs, curve_points
+from tests import store
+from tests.conftest import MnistBn
+from tests.finished import finish
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel, Run
+
+PICTURES = ("curves", "confusion-bn", "confusion-plain")
+
+
+@pytest.fixture(scope="module")
+def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage before track has run."""
+    folder = tmp_path_factory.mktemp("finished")
+    finish(folder, prepared, params)
+    (folder / "reports/plots").mkdir()
+    for name in PICTURES:
+        (folder / f"reports/plots/{name}.svg").write_text(f"<svg><!-- {name} --></svg>")
+    (folder / "reports/index.html").write_text("<!doctype html>")
+    (folder / "reports/model_card.md").write_text("# Model card\n")
+    store.make_trainable(folder)
+    (folder / "mlflow.db").write_bytes(store.empty_database())
+    return folder
+
+
+@pytest.fixture
+def folder(project: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with all of that and an empty store."""
+    store.use_settings(monkeypatch)
+    shutil.copytree(results, project, dirs_exist_ok=True)
+    return project
+
+
+def runs_by_variant(folder: Path) -> "dict[str, Run]":
+    found = store.all_runs(folder)
+    by_variant = {run.data.tags["mnist_bn.variant"]: run for run in found}
+    assert len(by_variant) == len(found), "more than one run of a network"
+    return by_variant
+
+
+def artefacts(folder: Path, run: "Run") -> dict[str, bytes]:
+    top = folder / f"mlartifacts/{run.info.run_id}/artifacts"
+    return {
+        path.relative_to(top).as_posix(): path.read_bytes()
+        for path in top.rglob("*")
+        if path.is_file()
+    }
+
+
+def models(folder: Path) -> "list[LoggedModel]":
+    client = store.client(folder)
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    return sorted(client.search_logged_models(ids), key=lambda model: str(model.name))
+
+
+def everything(folder: Path) -> Any:
+    """All that the store holds, artefacts with the time they were written."""
+    files = {
+        path: path.stat().st_mtime_ns
+        for path in (folder / "mlartifacts").rglob("*")
+        if path.is_file()
+    }
+    runs = [run.to_dictionary() for run in store.all_runs(folder)]
+    points = [
+        store.history(folder, run, name)
+        for run in store.all_runs(folder)
+        for name in run.data.metrics
+    ]
+    return files, runs, points, [model.to_dictionary() for model in models(folder)]
+
+
+def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
+    done = mnist_bn("track")
+    assert (done.status, done.err) == (0, "")
+    runs = runs_by_variant(folder)
+    assert runs.keys() == {"bn", "plain"}
+    for variant, run in runs.items():
+        assert f"{variant}: MLflow run {run.info.run_id}" in done.out
+        assert run.info.status == "FINISHED"
+        test = json.loads((folder / f"reports/metrics/test-{variant}.json").read_text())
+        assert run.data.metrics["test/accuracy"] == test["accuracy"]
+        assert run.data.metrics["test/loss"] == test["loss"]
+        assert run.data.metrics["test/calibration_error"] == test["calibration_error"]
+        for digit, accuracy in test["per_class_accuracy"].items():
+            assert run.data.metrics[f"test_class_accuracy/{digit}"] == accuracy
+        rows = (folder / f"reports/curves/{variant}.csv").read_text().splitlines()[1:]
+        curve = [(int(row.split(",")[0]), float(row.split(",")[1])) for row in rows]
+        assert store.history(folder, run, "curves/train_loss") == curve
+        common = ["index.html", "model_card.md", "plots/curves.svg"]
+        own = [f"confusion/{variant}.csv", f"plots/confusion-{variant}.svg"]
+        parity = ["parity.json"] if variant == "bn" else []
+        assert artefacts(folder, run) == {
+            name: (folder / "reports" / name).read_bytes() for name in [*common, *own, *parity]
+        }
+
+
+def test_parity_and_models_are_those_of_batch_norm(folder: Path, mnist_bn: MnistBn) -> None:
+    mnist_bn("track")
+    runs = runs_by_variant(folder)
+    assert runs["bn"].data.tags["parity"] == "passed"
+    assert runs["bn"].data.metrics["parity_max_relative_error/bn.onnx"] == 7.5e-7
+    assert "parity" not in runs["plain"].data.tags
+    assert not [name for name in runs["plain"].data.metrics if "parity" in name]
+    assert {model.source_run_id for model in models(folder)} == {runs["bn"].info.run_id}
+
+
+def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: MnistBn) -> None:
+    import mlflow
+
+    mnist_bn("track")
+    found = models(folder)
+    assert [(model.name, model.status) for model in found] == [
+        ("bn", "READY"),
+        ("bn-folded", "READY"),
+    ]
+    images = np.random.default_rng(0).random((5, 784), dtype=np.float32)
+    for model in found:
+        (logged,) = folder.glob(f"mlartifacts/models/{model.model_id}/artifacts/*.onnx")
+        assert logged.read_bytes() == (folder / f"models/{model.name}.onnx").read_bytes()
+        assert model.params["train.lr"] == "0.01"
+        assert {metric.key for metric in model.metrics} >= {"test/accuracy", "test/loss"}
+        loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
+        assert loaded.predict({"image": images})["logits"] == pytest.approx(images[:, :10])
+        schema = loaded.metadata.signature.to_dict()
+        assert json.loads(schema["inputs"])[0]["tensor-spec"] == {
+            "dtype": "float32",
+            "shape": [-1, 784],
+        }
+        assert json.loads(schema["outputs"])[0]["tensor-spec"] == {
+            "dtype": "float32",
+            "shape": [-1, 10],
+        }
+        assert loaded.metadata.flavors["onnx"]["providers"] == ["CPUExecutionProvider"]
+        assert loaded.input_example["image"].shape == (3, 784)
+
+
+def test_twice_is_once(folder: Path, mnist_bn: MnistBn) -> None:
+    first = mnist_bn("track")
+    before = everything(folder)
+    assert mnist_bn("track") == first
+    assert everything(folder) == before
+
+
+def test_changed_report_is_logged_again_and_the_model_is_not(
+    folder: Path, mnist_bn: MnistBn
+) -> None:
+    mnist_bn("track")
+    before = [model.model_id for model in models(folder)]
+    (folder / "reports/index.html").write_text("a better page")
+    mnist_bn("track")
+    for run in runs_by_variant(folder).values():
+        assert artefacts(folder, run)["index.html"] == b"a better page"
+    assert [model.model_id for model in models(folder)] == before
+
+
+def test_live_run_that_was_cut_off_is_completed(folder: Path, mnist_bn: MnistBn) -> None:
+    header, first, *_ = (folder / "reports/curves/bn.csv").read_text().splitlines()
+    row = {k: float(v) for k, v in zip(header.split(","), first.split(","), strict=True)}
+    opened = Runs.open("mnist-batchnorm", folder)
+    run_id = opened.record(Origin.of_workspace("bn", "cpu"), curve_points(row), "KILLED")
+    mnist_bn("track")
+    run = runs_by_variant(folder)["bn"]
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    assert [step for step, _ in store.history(folder, run, "curves/train_loss")] == [1, 2, 3]
+
+
+def test_model_whose_upload_was_cut_short_is_replaced(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.onnx
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.onnx, "log_model", full)
+        done = mnist_bn("track")
+    assert done.status == 0
+    assert "No space left on device" in done.err.splitlines()[0]
+    assert [model.status for model in models(folder)] == ["PENDING"]
+    assert mnist_bn("track").err == ""
+    assert [(model.name, model.status) for model in models(folder)] == [
+        ("bn", "READY"),
+        ("bn-folded", "READY"),
+    ]
+
+
+def test_hiccup_of_the_server_is_no_trouble(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    create, outcomes = MlflowClient.create_run, iter([ConnectionResetError(), None, None])
+
+    def answer_lost(*arguments: Any, **keywords: Any) -> "Run":
+        run = create(*arguments, **keywords)
+        if error := next(outcomes):
+            raise error
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", answer_lost)
+    assert mnist_bn("track").err == ""
+    assert runs_by_variant(folder).keys() == {"bn", "plain"}
+
+
+def test_experiment_gives_its_name_to_the_runs(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "slower")
+    mnist_bn("track")
+    runs = store.all_runs(folder)
+    assert {run.info.run_name for run in runs} == {"slower/bn", "slower/plain"}
+    assert {run.data.tags["dvc.exp_name"] for run in runs} == {"slower"}
+
+
+def test_it_says_where_to_compare(folder: Path, mnist_bn: MnistBn) -> None:
+    last = mnist_bn("track").out.splitlines()[-1]
+    experiment = store.all_runs(folder)[0].info.experiment_id
+    assert last == (
+        f"compare them: make ui, http://127.0.0.1:5000/#/experiments/{experiment}/runs"
+        "?workflowType=machine_learning&compareRunsMode=CHART"
+    )
+
+
+@pytest.mark.parametrize("server", store.BAD_SERVERS)
+def test_bad_server_is_a_warning(
+    folder: Path,
+    mnist_bn: MnistBn,
+    monkeypatch: pytest.MonkeyPatch,
+    server: Callable[[], AbstractContextManager[str]],
+) -> None:
+    start = time.monotonic()
+    with server() as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        done = mnist_bn("track")
+    assert time.monotonic() - start < 6
+    assert (done.status, done.out) == (0, "")
+    warning, advice = done.err.splitlines()
+    assert warning.startswith(f"warning: MLflow at {uri}: ")
+    assert advice == "MLflow does not have all of the runs; `mnist-bn track` tries again"
+
+
+@pytest.mark.parametrize(
+    ("missing", "stage"),
+    [
+        ("reports/curves/plain.csv", "train"),
+        ("reports/metrics/test-bn.json", "evaluate"),
+        ("reports/parity.json", "verify"),
+        ("models/bn.onnx", "export"),
+        ("reports/index.html", "report"),
+        ("reports/plots", "report"),
+    ],
+)
+def test_missing_input_names_the_stage(
+    folder: Path, mnist_bn: MnistBn, missing: str, stage: str
+) -> None:
+    path = folder / missing
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    done = mnist_bn("track")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"error: no {missing}; run `dvc repro {stage}` first\n"
