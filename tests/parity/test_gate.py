@@ -164,6 +164,13 @@ class TestOneFault:
         kept.graph.input[0].name = kept.graph.node[0].input[0] = "x"
         assert "inputs are ['x'], expected ['image']" in failed(judge(kept))["structure"]
 
+    def test_weight_that_the_caller_may_override(self, judge: Judge, kept: onnx.ModelProto) -> None:
+        kept.graph.input.append(
+            onnx.helper.make_tensor_value_info("linear1.bias", onnx.TensorProto.FLOAT, [16])
+        )
+        problems = failed(judge(kept))
+        assert "inputs are ['image', 'linear1.bias']" in problems["structure"]
+
     def test_weight_outside_the_file(self, judge: Judge, kept: onnx.ModelProto) -> None:
         tensor = kept.graph.initializer[0]
         tensor.data_location = onnx.TensorProto.EXTERNAL

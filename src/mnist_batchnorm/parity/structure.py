@@ -57,16 +57,17 @@ def _file_problems(proto: onnx.ModelProto) -> list[str]:
     domains = {item.domain for item in proto.opset_import} - {"", "ai.onnx"}
     if domains:
         problems.append(f"operators of other domains: {', '.join(sorted(domains))}")
+    if proto.graph.sparse_initializer:
+        problems.append("sparse initializers, which no check reads")
     if proto.functions:
         problems.append(f"local functions: {', '.join(f.name for f in proto.functions)}")
     return problems
 
 
 def _interface_problems(proto: onnx.ModelProto, network: Architecture) -> list[str]:
-    initializers = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in initializers]
+    # an initializer that is an input as well could be overridden by whoever calls the model
     return [
-        *_value_problems("input", inputs, "image", network.widths[0]),
+        *_value_problems("input", list(proto.graph.input), "image", network.widths[0]),
         *_value_problems("output", list(proto.graph.output), "logits", network.widths[-1]),
     ]
 
