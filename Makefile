@@ -1,0 +1,54 @@
+# `make help` lists the goals; docs/install.md says what they need and what can go wrong.
+.DEFAULT_GOAL := help
+
+# Once there is an environment its own Python keeps it up to date: PYTHON= is needed only once.
+PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || echo python3)
+PORT ?= 5000
+
+# What `. .venv/bin/activate` does to PATH, for programs that start others by name, as DVC does.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+# MLflow's runner of LLM-scoring jobs is 8 more processes and 2 GB, for jobs we do not have.
+ONLY_UI := MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+
+CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
+OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx reports/predictions
+
+.PHONY: help setup repro test ui lock clean
+
+help: ## List the goals.
+	@echo 'Usage: make GOAL [PYTHON=python3.12] [TORCH_BACKEND=cpu]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Make or update .venv from requirements.lock.
+	@$(PYTHON) scripts/setup_env.py
+
+repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, report.
+	@$(IN_VENV) dvc repro
+	@echo
+	@echo 'Next:'
+	@echo '  reports/index.html  the report, for any browser'
+	@echo '  models/bn.onnx      the verified model'
+	@echo '  make ui             the runs in MLflow'
+
+test: setup ## Lint, check format and types, run the tests.
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	$(IN_VENV) pytest -n auto --maxprocesses 4 --dist loadfile
+
+ui: setup ## Show the runs in MLflow's UI on this machine (PORT=5000).
+	@case "$$MLFLOW_TRACKING_URI" in http://* | https://*) \
+		echo "MLFLOW_TRACKING_URI names a server, open it in a browser: $$MLFLOW_TRACKING_URI" ;; \
+	*) \
+		echo 'MLflow: http://127.0.0.1:$(PORT) (Ctrl-C stops it)'; \
+		$(IN_VENV) $(ONLY_UI) mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
+			--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; \
+	esac
+
+lock: ## Resolve requirements.lock again after a change in pyproject.toml (UPGRADE=1: newest versions).
+	@$(PYTHON) scripts/setup_env.py --lock $(if $(UPGRADE),--upgrade)
+
+clean: ## Remove .venv, tools' caches and outputs that git does not hold; keep the DVC cache and MLflow's runs.
+	rm -rf .venv $(CACHES) $(OUTPUTS)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
