@@ -1,0 +1,233 @@
+"""The whole pipeline: real `dvc repro` on a slice of real MNIST, in a copy, offline."""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from ruamel.yaml import YAML
+
+from mnist_batchnorm.dataset import load_split, network_input
+from mnist_batchnorm.download import FILES
+
+ROOT = Path(__file__).parent.parent
+SLICE = ROOT / "tests/fixtures/mnist"
+PROJECT_FILES = (
+    ".dvc/.gitignore",
+    ".dvc/config",
+    ".dvc/plots",
+    ".dvcignore",
+    ".gitignore",
+    "dvc.yaml",
+    "params.yaml",
+    "src",
+)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project in a folder of its own, under git and DVC."""
+
+    folder: Path
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the environment as a user would, with nothing of this machine's."""
+        settings = self.folder.parent / "settings"
+        scripts = Path(sys.executable).parent
+        env = {
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(settings),
+            "DVC_SITE_CACHE_DIR": str(settings),
+            "MNIST_SOURCE": str(SLICE),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@localhost",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@localhost",
+        }
+        return subprocess.run(
+            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
+        )
+
+    def check(self, *command: str) -> str:
+        """Run a command that must succeed and return what it printed."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def hashes(self, *patterns: str) -> dict[str, str]:
+        return {
+            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for pattern in patterns
+            for path in sorted(self.folder.glob(pattern))
+        }
+
+
+def make_project(folder: Path) -> Project:
+    for name in PROJECT_FILES:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    yaml = YAML()
+    params = yaml.load(folder / "params.yaml")
+    params["download"]["sha256"] = {
+        stem: hashlib.sha256(gzip.decompress((SLICE / f"{file}.gz").read_bytes())).hexdigest()
+        for stem, file in FILES.items()
+    }
+    params["prepare"]["valid_size"] = 200
+    params["train"]["epochs"] = 3
+    params["verify"]["batch_sizes"] = [1, 7, 500]
+    yaml.dump(params, folder / "params.yaml")
+    project = Project(folder)
+    project.check("git", "init", "-q", "-b", "main")
+    project.check("git", "add", "-A")
+    project.check("git", "commit", "-qm", "start")
+    return project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project after one `dvc repro`."""
+    project = make_project(tmp_path_factory.mktemp("pipeline") / "project")
+    project.check("dvc", "repro")
+    return project
+
+
+def test_everything_is_made(project: Project) -> None:
+    made = project.hashes("models/*", "reports/**/*.json", "reports/**/*.csv", "reports/*.html")
+    assert {
+        "models/bn.safetensors",
+        "models/plain.safetensors",
+        "models/bn.onnx",
+        "models/bn-folded.onnx",
+        "reports/parity.json",
+        "reports/index.html",
+        "reports/metrics/data.json",
+        "reports/metrics/test-bn.json",
+        "reports/curves/plain.csv",
+        "reports/confusion/bn.csv",
+    } <= made.keys()
+
+
+def test_outputs_that_dvc_keeps_stay_out_of_git(project: Project) -> None:
+    untracked = project.check("git", "status", "--porcelain", "--untracked-files=all").split()
+    changed = {name for name in untracked if name not in {"??", "M"}}
+    assert "dvc.lock" in changed
+    assert {name.split("/")[0] for name in changed} == {"dvc.lock", "reports"}
+
+
+def test_curve_has_a_row_an_epoch(project: Project) -> None:
+    with (project.folder / "reports/curves/bn.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+def test_both_networks_learn(project: Project) -> None:
+    for variant in ("bn", "plain"):
+        metrics = json.loads((project.folder / f"reports/metrics/test-{variant}.json").read_text())
+        assert metrics["accuracy"] > 0.6  # of 500 images after 168 steps; chance is 0.1
+
+
+def test_onnx_file_reaches_the_measured_accuracy(project: Project) -> None:
+    split = load_split(project.folder / "data/prepared/test.safetensors")
+    metrics = json.loads((project.folder / "reports/metrics/test-bn.json").read_text())
+    for name in ("bn.onnx", "bn-folded.onnx"):
+        session = ort.InferenceSession(project.folder / "models" / name)
+        (logits,) = session.run(["logits"], {"image": network_input(split.images)})
+        assert np.mean(logits.argmax(axis=1) == split.labels) == metrics["accuracy"]
+
+
+def test_parity_report_is_about_these_files(project: Project) -> None:
+    report = json.loads((project.folder / "reports/parity.json").read_text())
+    assert report["parity"] is True
+    hashes = project.hashes("models/*.onnx", "models/bn.safetensors")
+    assert report["checkpoint"]["sha256"] == hashes["models/bn.safetensors"]
+    for name, graph in report["graphs"].items():
+        assert graph["sha256"] == hashes[f"models/{name}"]
+        assert graph["argmax_differences"] == 0
+
+
+def test_mlflow_has_one_finished_run_per_network(project: Project) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
+    runs = {
+        run.data.tags["mnist_bn.variant"]: run
+        for run in client.search_runs([experiment.experiment_id])
+    }
+    assert runs.keys() == {"bn", "plain"}
+    for variant, run in runs.items():
+        assert run.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "curves/valid_accuracy")
+        assert sorted(point.step for point in history) == [1, 2, 3]
+        metrics = json.loads((project.folder / f"reports/metrics/test-{variant}.json").read_text())
+        assert run.data.metrics["test/accuracy"] == metrics["accuracy"]
+
+
+def test_readme_snippet_runs(project: Project) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert project.check("python", "-c", snippet + "print(logits.shape)").strip() == "(1, 10)"
+
+
+def test_second_repro_does_nothing(project: Project) -> None:
+    before = project.hashes("dvc.lock", "models/*", "reports/**/*.*")
+    assert "Running stage" not in project.check("dvc", "repro")
+    assert project.hashes("dvc.lock", "models/*", "reports/**/*.*") == before
+
+
+def test_dvc_has_something_to_show(project: Project) -> None:
+    assert "accuracy" in project.check("dvc", "metrics", "show", "--md")
+    project.check("dvc", "plots", "show")
+    assert (project.folder / "dvc_plots/index.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_forced_repro_makes_the_same_bytes(project: Project) -> None:
+    lock = YAML(typ="safe").load(project.folder / "dvc.lock")
+    reports = project.hashes("reports/**/*.*")
+    project.check("dvc", "repro", "--force")
+    assert YAML(typ="safe").load(project.folder / "dvc.lock") == lock
+    assert project.hashes("reports/**/*.*") == reports
+
+
+@pytest.mark.slow
+def test_export_parameter_reruns_export_and_what_follows(tmp_path: Path, project: Project) -> None:
+    copy = Project(tmp_path / "project")
+    shutil.copytree(project.folder, copy.folder, symlinks=True)
+    params = (copy.folder / "params.yaml").read_text()
+    (copy.folder / "params.yaml").write_text(params.replace("opset: 20", "opset: 19"))
+    output = copy.check("dvc", "repro")
+    ran = {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+    assert ran == {"export", "verify", "report", "track"}
+
+
+@pytest.mark.slow
+def test_experiment_logs_to_the_same_store_under_its_name(tmp_path: Path, project: Project) -> None:
+    from mlflow.tracking import MlflowClient
+
+    copy = Project(tmp_path / "project")
+    shutil.copytree(project.folder, copy.folder, symlinks=True)
+    copy.check("git", "add", "-A")
+    copy.check("git", "commit", "-qm", "results")
+    copy.check("dvc", "exp", "run", "--temp", "-n", "slower", "-S", "train.lr=0.003")
+    client = MlflowClient(f"sqlite:///{copy.folder / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
+    runs = client.search_runs([experiment.experiment_id])
+    experiments = [run for run in runs if run.data.tags.get("dvc.exp_name") == "slower"]
+    assert {run.data.tags["mnist_bn.variant"] for run in experiments} == {"bn", "plain"}
+    assert {run.data.params["train.lr"] for run in experiments} == {"0.003"}
