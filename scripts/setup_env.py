@@ -265,7 +265,7 @@ def uv_environment(environ: Mapping[str, str], pip: Mapping[str, str]) -> dict[s
     complete.pop("UV_TORCH_BACKEND", None)  # builds that the lock has no hashes of
     for option, variable in PIP_TO_UV.items():
         if option in pip:
-            complete.setdefault(variable, pip[option])
+            complete.setdefault(variable, " ".join(pip[option].split()))  # pip: one host a line
     own_index = {"UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX"} & environ.keys()
     if "index-url" in pip and not own_index:
         # uv asks UV_INDEX first, in order, and the default index last.

@@ -402,9 +402,15 @@ def test_uv_without_pip_configuration_keeps_its_defaults(setup_env: ModuleType) 
 
 
 def test_mirror_and_certificate_reach_uv(setup_env: ModuleType) -> None:
-    pip = {"index-url": "https://mirror/simple", "cert": "/ca.pem", "timeout": "60"}
+    pip = {
+        "index-url": "https://mirror/simple",
+        "trusted-host": "\none\ntwo:8080",
+        "cert": "/ca.pem",
+        "timeout": "60",
+    }
     assert setup_env.uv_environment({}, pip) == {
         "UV_DEFAULT_INDEX": "https://mirror/simple",
+        "UV_INSECURE_HOST": "one two:8080",
         "SSL_CERT_FILE": "/ca.pem",
         "UV_HTTP_TIMEOUT": "60",
     }
