@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import math
@@ -140,6 +141,26 @@ def test_logits_are_the_networks_at_any_batch_size(
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_logits_are_computed_in_one_thread_and_the_setting_is_put_back(fails: bool) -> None:
+    class Spy(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            if fails:
+                raise RuntimeError
+            return batch[:, :10]
+
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            network_logits(Spy(), np.zeros((2, 28, 28), np.uint8), 2)
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- metrics and files --------------------------------------------------------------------------
 
 
@@ -162,15 +183,14 @@ def test_metrics_by_hand() -> None:
     assert metrics.pop("calibration_error") == pytest.approx(
         (abs(1 - 0.9) + abs(0 - 0.8) + abs(1 - 0.7) + abs(1 - 0.55)) / 4, rel=1e-6
     )
-    assert metrics == {
-        "accuracy": 0.75,
-        "images": 4,
-        "errors": 1,
-        "per_class_accuracy": {"0": 1.0, "3": 0.5, "7": 1.0},  # no image of the others
-    }
-    counted = {
-        int(row.pop("actual")): {int(k): int(n) for k, n in row.items()} for row in rows(confusion)
-    }
+    assert metrics == {"accuracy": 0.75, "errors": 1}
+    assert type(metrics["errors"]) is int
+    table = rows(confusion)
+    assert list(table[0]) == ["actual", *map(str, range(10)), "accuracy"]
+    accuracy = {int(row["actual"]): row.pop("accuracy") for row in table}
+    expected = dict.fromkeys(range(10), "") | {0: "1.0", 3: "0.5", 7: "1.0"}  # no other has images
+    assert accuracy == expected
+    counted = {int(row.pop("actual")): {int(k): int(n) for k, n in row.items()} for row in table}
     assert list(counted) == list(range(10))
     assert {(a, p): n for a, row in counted.items() for p, n in row.items() if n} == {
         (3, 3): 1,

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -89,13 +91,29 @@ def test_confusion_shows_counts_and_colours_errors_only() -> None:
     assert full not in without
 
 
-def test_statistics_have_a_row_a_layer() -> None:
+@pytest.mark.parametrize(
+    ("draw", "title"),
+    [(plots.arriving_statistics, "what arrives"), (plots.leaving_statistics, "what leaves")],
+)
+def test_statistics_have_a_row_a_layer(
+    draw: Callable[[dict[str, LayerStatistics]], str], title: str
+) -> None:
     units = np.linspace(-1, 1, 5)
     layer = LayerStatistics(mean=units, deviation=units**2, scale=-units, shift=units)
-    found = texts(plots.running_statistics({f"bn{i}": layer for i in (1, 2, 3)}))
-    assert [text for text in found if text.endswith("arrives")] == [
-        f"bn{i}: what arrives" for i in (1, 2, 3)
-    ]
+    names = ("bn1", "bn2", "bn3")
+    found = texts(draw(dict.fromkeys(names, layer)))
+    assert [text for text in found if title in text] == [f"{name}: {title}" for name in names]
+
+
+def test_arriving_is_drawn_from_the_statistics_and_leaving_from_scale_and_shift() -> None:
+    units = np.linspace(-1, 1, 5)
+    layer = LayerStatistics(mean=units, deviation=units**2, scale=units, shift=units)
+    arriving, leaving = (plots.arriving_statistics, plots.leaving_statistics)
+    usual = arriving({"bn1": layer}), leaving({"bn1": layer})
+    for field, changed in (("deviation", 0), ("scale", 1), ("shift", 1)):
+        other = {"bn1": replace(layer, **{field: getattr(layer, field) * 3})}
+        differs = [arriving(other) != usual[0], leaving(other) != usual[1]]
+        assert differs == [changed == 0, changed == 1]
 
 
 def test_same_numbers_give_same_bytes_and_other_numbers_other_bytes() -> None:

@@ -33,7 +33,7 @@ from mnist_batchnorm.report import (
     report,
     wilson_interval,
 )
-from mnist_batchnorm.results import read_results
+from mnist_batchnorm.results import read_confusion, read_results
 from tests.conftest import ROOT, MnistBn
 from tests.finished import finish, write_parity
 
@@ -47,7 +47,8 @@ PICTURES = {
     "confusion-bn",
     "confusion-plain",
     "calibration",
-    "statistics",
+    "statistics-arriving",
+    "statistics-leaving",
 }
 
 
@@ -183,7 +184,7 @@ def test_page_is_accessible(page: Page) -> None:
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert all(image["alt"] for image in page.all("img"))
     assert all(svg["role"] == "img" for svg in page.all("svg"))
-    assert tags["svg"] == 6
+    assert tags["svg"] == 7
     assert tags["title"] == 1 + tags["svg"]  # each picture is named
     assert all("scope" in header for header in page.all("th"))
     assert all("aria-label" in e for tag, e in page.elements if e.get("role") == "region")
@@ -211,10 +212,11 @@ def test_page_and_card_show_the_metrics(run: Path, page: Page) -> None:
     card = (run / "reports/model_card.md").read_text()
     for variant in ("bn", "plain"):
         metrics = json.loads((run / f"reports/metrics/test-{variant}.json").read_text())
+        _, per_class = read_confusion(run / f"reports/confusion/{variant}.csv")
         for text in (page.text.replace("\xa0", " "), card.replace("\xa0", " ")):
             assert f"{100 * metrics['accuracy']:.2f} %" in text
             assert f"{metrics['calibration_error']:.4f}" in text
-            for accuracy in metrics["per_class_accuracy"].values():
+            for accuracy in per_class.values():
                 assert f"{100 * accuracy:.2f} %" in text
     assert "verify.batch_sizes 1, 2, 7, 32, 1000, 10000" in page.text
     assert "onnxruntime 1.32.0" in card
@@ -257,7 +259,7 @@ def test_hostile_text_stays_text(troubled: tuple[Path, Result]) -> None:
     card = (reports / "model_card.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith("| bn.onnx | file"))
     assert row == f"| bn.onnx | file | **FAILED** | {plain_text(HOSTILE)} |"
-    assert f"Protocol: lecture: {plain_text(HOSTILE)}." in card
+    assert f"Lecture's protocol: {plain_text(HOSTILE)}." in card
 
 
 def test_lecture_protocol_labels_valid_as_the_test_images(troubled: tuple[Path, Result]) -> None:
@@ -265,6 +267,13 @@ def test_lecture_protocol_labels_valid_as_the_test_images(troubled: tuple[Path, 
     for name in ("index.html", "plots/valid-loss.svg", "plots/curves.svg"):
         assert "valid (= test images)" in (reports / name).read_text()
     assert "(= test images)" not in (reports / "plots/train-loss.svg").read_text()
+
+
+def test_page_and_card_say_what_was_held_out(run: Path) -> None:
+    valid = len(load_split(run / "data/prepared/valid.safetensors"))
+    for name in ("index.html", "model_card.md"):
+        text = (run / "reports" / name).read_text()
+        assert f"Held out to watch training: {valid:,} training images." in text
 
 
 def test_pictures_are_well_formed(run: Path) -> None:

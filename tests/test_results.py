@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mnist_batchnorm import results
@@ -13,9 +13,11 @@ from mnist_batchnorm.dataset import load_split, save_split
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.results import (
+    CONFUSION_COLUMNS,
     CURVE_COLUMNS,
     EvaluationMetrics,
     Parity,
+    read_confusion,
     read_record,
     read_results,
     read_table,
@@ -70,6 +72,9 @@ def test_reads_what_the_stages_write() -> None:
         assert right.mean() == network.test.accuracy
         assert np.trace(network.confusion) == right.sum()
         assert network.confusion.sum() == len(found.test)
+        assert network.per_class_accuracy == {
+            digit: right[found.test.labels == digit].mean() for digit in range(10)
+        }
         assert network.curve["epoch"].tolist() == [1, 2, 3]
     assert list(found.layers) == ["bn1", "bn2"]
     assert found.layers["bn1"].mean.shape == (32,)
@@ -131,6 +136,40 @@ def test_malformed_table_is_refused(tmp_path: Path, text: str, problem: str) -> 
         read_table(path, CURVE_COLUMNS, "train")
 
 
+def confusion_csv(rows: dict[int, str]) -> str:
+    """A diagonal confusion matrix with these accuracies."""
+    lines = [
+        ",".join([str(digit), *(str(int(digit == c)) for c in range(10)), accuracy])
+        for digit, accuracy in rows.items()
+    ]
+    return "\n".join([",".join(CONFUSION_COLUMNS), *lines]) + "\n"
+
+
+def test_class_without_images_has_no_accuracy(tmp_path: Path) -> None:
+    path = tmp_path / "bn.csv"
+    path.write_text(confusion_csv(dict.fromkeys(range(10), "") | {4: "0.25", 9: "1.0"}))
+    matrix, accuracy = read_confusion(path)
+    np.testing.assert_array_equal(matrix, np.eye(10, dtype=np.int64), strict=True)
+    assert accuracy == {4: 0.25, 9: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (confusion_csv(dict.fromkeys(range(9), "1.0")), "not the classes 0 to 9"),
+        (confusion_csv(dict.fromkeys(reversed(range(10)), "1.0")), "not the classes 0 to 9"),
+        (confusion_csv(dict.fromkeys(range(10), "inf")), "12 finite numbers"),
+        (confusion_csv(dict.fromkeys(range(10), "1.0")).replace("\n0,1,", "\n0,,"), "''"),
+        (",".join(CONFUSION_COLUMNS) + "\n0,1,2\n", "column"),
+    ],
+)
+def test_malformed_confusion_matrix_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "bn.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"what `dvc repro evaluate` writes: .*{problem}"):
+        read_confusion(path)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -162,6 +201,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 numbers = st.text(alphabet="0123456789.,-+einfa \n\r#\"'\0", max_size=60)
 
 
+@example(body="#")  # starts a comment, says numpy, and warns of a file without data
 @given(body=st.one_of(numbers, st.text(max_size=60)))
 def test_any_table_is_read_or_refused(scratch: Path, body: str) -> None:
     scratch.write_bytes(b"x,y\n" + body.encode(errors="surrogatepass"))

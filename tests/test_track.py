@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm.params import Params
+from mnist_batchnorm.results import read_confusion
 from mnist_batchnorm.runs import Origin, Runs, curve_points
 from tests import store
 from tests.conftest import MnistBn
@@ -96,7 +97,9 @@ def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
         assert run.data.metrics["test/accuracy"] == test["accuracy"]
         assert run.data.metrics["test/loss"] == test["loss"]
         assert run.data.metrics["test/calibration_error"] == test["calibration_error"]
-        for digit, accuracy in test["per_class_accuracy"].items():
+        _, per_class = read_confusion(folder / f"reports/confusion/{variant}.csv")
+        assert per_class.keys() == set(range(10))
+        for digit, accuracy in per_class.items():
             assert run.data.metrics[f"test_class_accuracy/{digit}"] == accuracy
         rows = (folder / f"reports/curves/{variant}.csv").read_text().splitlines()[1:]
         curve = [(int(row.split(",")[0]), float(row.split(",")[1])) for row in rows]
@@ -133,6 +136,7 @@ def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: Mni
         (logged,) = folder.glob(f"mlartifacts/models/{model.model_id}/artifacts/*.onnx")
         assert logged.read_bytes() == (folder / f"models/{model.name}.onnx").read_bytes()
         assert model.params["train.lr"] == "0.01"
+        assert model.params["export.opset"] == "20"
         assert {metric.key for metric in model.metrics} >= {"test/accuracy", "test/loss"}
         loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
         assert loaded.predict({"image": images})["logits"] == pytest.approx(images[:, :10])
@@ -232,9 +236,46 @@ def test_it_says_where_to_compare(folder: Path, mnist_bn: MnistBn) -> None:
     last = mnist_bn("track").out.splitlines()[-1]
     experiment = store.all_runs(folder)[0].info.experiment_id
     assert last == (
-        f"compare them: make ui, http://127.0.0.1:5000/#/experiments/{experiment}/runs"
+        "compare them: make ui (port 5000 unless PORT= says otherwise), "
+        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs"
         "?workflowType=machine_learning&compareRunsMode=CHART"
     )
+
+
+def record(folder: Path) -> Any:
+    return json.loads((folder / "reports/tracked.json").read_text())
+
+
+def test_record_is_about_the_content_only(folder: Path, mnist_bn: MnistBn) -> None:
+    mnist_bn("track")
+    first = (folder / "reports/tracked.json").read_bytes()
+    keys = {v: run.data.tags["mnist_bn.key"] for v, run in runs_by_variant(folder).items()}
+    assert {variant: entry["key"] for variant, entry in record(folder).items()} == keys
+    (folder / "mlflow.db").write_bytes(store.empty_database())
+    mnist_bn("track")
+    assert (folder / "reports/tracked.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("path", "concerned"),
+    [
+        ("reports/index.html", {"bn", "plain"}),
+        ("reports/plots/confusion-plain.svg", {"plain"}),
+        ("reports/metrics/test-bn.json", {"bn"}),
+    ],
+)
+def test_record_differs_where_the_results_do(
+    folder: Path, mnist_bn: MnistBn, path: str, concerned: set[str]
+) -> None:
+    mnist_bn("track")
+    before = record(folder)
+    text = (folder / path).read_text()
+    changed = text.replace('"loss": 0.', '"loss": 1.') if path.endswith("json") else f"{text} "
+    (folder / path).write_text(changed)
+    mnist_bn("track")
+    after = record(folder)
+    assert {v for v in before if before[v] != after[v]} == concerned
+    assert all(before[v]["key"] == after[v]["key"] for v in before)
 
 
 @pytest.mark.parametrize("server", store.BAD_SERVERS)
@@ -244,12 +285,16 @@ def test_bad_server_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     server: Callable[[], AbstractContextManager[str]],
 ) -> None:
+    assert mnist_bn("track").status == 0
+    expected = record(folder)
+    (folder / "reports/tracked.json").unlink()
     start = time.monotonic()
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         done = mnist_bn("track")
     assert time.monotonic() - start < 6
     assert (done.status, done.out) == (0, "")
+    assert record(folder) == expected
     warning, advice = done.err.splitlines()
     assert warning.startswith(f"warning: MLflow at {uri}: ")
     assert advice == "MLflow does not have all of the runs; `mnist-bn track` tries again"
@@ -277,3 +322,4 @@ def test_missing_input_names_the_stage(
     done = mnist_bn("track")
     assert (done.status, done.out) == (2, "")
     assert done.err == f"error: no {missing}; run `dvc repro {stage}` first\n"
+    assert not (folder / "reports/tracked.json").exists()

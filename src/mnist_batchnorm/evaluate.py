@@ -21,7 +21,7 @@ from mnist_batchnorm.model import load_checkpoint
 def network_logits(
     model: nn.Module, images: npt.NDArray[np.uint8], batch_size: int
 ) -> npt.NDArray[np.float32]:
-    """Run a network in eval mode on the CPU.
+    """Run a network in eval mode on the CPU, in one thread: sums do not depend on the cores.
 
     Args:
         model: in eval mode, on the CPU.
@@ -32,8 +32,13 @@ def network_logits(
         logits, float32 ``[n, 10]``.
     """
     inputs = torch.from_numpy(network_input(images))
-    with torch.inference_mode():
-        return torch.cat([model(batch) for batch in torch.split(inputs, batch_size)]).numpy()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            return torch.cat([model(batch) for batch in torch.split(inputs, batch_size)]).numpy()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -81,8 +86,9 @@ def evaluate(
     """Measure a network's logits against the labels.
 
     Returns:
-        The metrics, the confusion matrix as CSV (a row per actual class), and each image's
-        prediction as CSV (position in the IDX file, actual, predicted, its probability).
+        The metrics, the confusion matrix as CSV (a row per actual class, last the class's
+        accuracy, empty without images), and each image's prediction as CSV (position in the IDX
+        file, actual, predicted, its probability).
     """
     log_probability = log_softmax(logits)
     predicted = logits.argmax(axis=1).astype(np.uint8)
@@ -93,16 +99,16 @@ def evaluate(
         "accuracy": float(correct.mean()),
         "loss": float(-log_probability[np.arange(len(split)), split.labels].mean()),
         "calibration_error": calibration_error(confidence, correct, bins),
-        "images": len(split),
         "errors": int((~correct).sum()),
-        "per_class_accuracy": {
-            str(digit): float(matrix[digit, digit] / matrix[digit].sum())
-            for digit in range(CLASSES)
-            if matrix[digit].any()
-        },
     }
     confusion = _csv(
-        [["actual", *range(CLASSES)], *([digit, *row] for digit, row in enumerate(matrix))]
+        [
+            ["actual", *range(CLASSES), "accuracy"],
+            *(
+                [digit, *row, float(row[digit] / row.sum()) if row.any() else ""]
+                for digit, row in enumerate(matrix)
+            ),
+        ]
     )
     predictions = _csv(
         [

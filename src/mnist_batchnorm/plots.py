@@ -232,34 +232,43 @@ def reliability_diagram(results: Mapping[str, Reliability]) -> str:
         return _svg(figure, "Reliability diagram: accuracy against confidence")
 
 
-def running_statistics(layers: "Mapping[str, LayerStatistics]") -> str:
-    """Draw what each batch-norm layer's units receive and what they pass on: mean ± deviation."""
+def arriving_statistics(layers: "Mapping[str, LayerStatistics]") -> str:
+    """Draw what each batch-norm layer's units receive: running mean ± standard deviation."""
+    units = {name: (layer.mean, layer.deviation) for name, layer in layers.items()}
+    return _draw_units(layers, units, "what arrives")
+
+
+def leaving_statistics(layers: "Mapping[str, LayerStatistics]") -> str:
+    """Draw what each batch-norm layer's units pass on: shift ± |scale|."""
+    units = {name: (layer.shift, np.abs(layer.scale)) for name, layer in layers.items()}
+    return _draw_units(layers, units, "what leaves")
+
+
+def _draw_units(
+    layers: "Mapping[str, LayerStatistics]", units: Mapping[str, tuple[Floats, Floats]], title: str
+) -> str:
     with _style():
-        figure = Figure(figsize=(9.2, 0.4 + 2.4 * len(layers)), layout="constrained")
-        rows = figure.subplots(len(layers), 2, squeeze=False)
-        for (name, layer), (arriving, leaving) in zip(layers.items(), rows, strict=True):
+        figure = Figure(figsize=(4.6, 0.4 + 2.4 * len(layers)), layout="constrained")
+        rows = figure.subplots(len(layers), squeeze=False)[:, 0]
+        for (name, layer), axes in zip(layers.items(), rows, strict=True):
+            # the same in both pictures, so that a unit can be followed from one to the other
             order = np.argsort(layer.mean, kind="stable")
-            panels = (
-                (arriving, layer.mean, layer.deviation, f"{name}: what arrives"),
-                (leaving, layer.shift, np.abs(layer.scale), f"{name}: what leaves"),
+            mean, deviation = units[name]
+            axes.axhline(0, color=MUTED, linewidth=0.8)
+            axes.errorbar(
+                np.arange(len(order)),
+                mean[order],
+                deviation[order],
+                color=BATCH_NORM,
+                linestyle="none",
+                marker="o",
+                elinewidth=1,
             )
-            for axes, mean, deviation, title in panels:
-                axes.axhline(0, color=MUTED, linewidth=0.8)
-                axes.errorbar(
-                    np.arange(len(order)),
-                    mean[order],
-                    deviation[order],
-                    color=BATCH_NORM,
-                    linestyle="none",
-                    marker="o",
-                    elinewidth=1,
-                )
-                axes.grid(visible=False, axis="x")
-                axes.set_xticks([])
-                axes.set(title=title, ylabel="mean ± sd")
-        for axes in rows[-1]:
-            axes.set_xlabel("units, by running mean")
-        return _svg(figure, "Batch-norm statistics: each unit's input and output, mean ± sd")
+            axes.grid(visible=False, axis="x")
+            axes.set_xticks([])
+            axes.set(title=f"{name}: {title}", ylabel="mean ± sd")
+        rows[-1].set_xlabel("units, by running mean")
+        return _svg(figure, f"Batch norm, {title} at each unit: mean ± sd")
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def draw(results: Results) -> dict[str, str]:
     pictures["curves"] = plots.overview(curves, labels)
     strongest = most_confused(results)
     for variant, network in results.networks.items():
-        title = f"{NAMES[variant]}: {network.test.errors:,} errors in {network.test.images:,}"
+        title = f"{NAMES[variant]}: {network.test.errors:,} errors in {len(results.test):,}"
         pictures[f"confusion-{variant}"] = plots.confusion(network.confusion, strongest, title)
     bins = results.params.evaluate.calibration_bins
     pictures["calibration"] = plots.reliability_diagram(
@@ -131,7 +131,8 @@ def draw(results: Results) -> dict[str, str]:
             for variant, network in results.networks.items()
         }
     )
-    pictures["statistics"] = plots.running_statistics(results.layers)
+    pictures["statistics-arriving"] = plots.arriving_statistics(results.layers)
+    pictures["statistics-leaving"] = plots.leaving_statistics(results.layers)
     return pictures
 
 
@@ -209,7 +210,7 @@ def png_uri(image: npt.NDArray[np.uint8]) -> str:
 def per_class(results: Results) -> list[dict[str, Any]]:
     """Compare the networks class by class, with the class batch norm confuses it with most."""
     rows = []
-    accuracy = {variant: n.test.per_class_accuracy for variant, n in results.networks.items()}
+    accuracy = {variant: n.per_class_accuracy for variant, n in results.networks.items()}
     errors = off_diagonal(results.networks["bn"].confusion)
     for digit in range(CLASSES):
         row = {variant: accuracy[variant].get(digit) for variant in accuracy}

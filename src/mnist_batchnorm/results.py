@@ -1,6 +1,7 @@
 """What the earlier stages left on disk: read, checked, and checked against each other."""
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from mnist_batchnorm.layout import CHECKPOINT, MODELS, REPORTS, TEST_SPLIT, VARI
 from mnist_batchnorm.params import Params, load_params
 
 CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+CONFUSION_COLUMNS = ("actual", *map(str, range(CLASSES)), "accuracy")
 PREDICTION_COLUMNS = ("index", "actual", "predicted", "probability")
 
 Floats = npt.NDArray[np.float64]
@@ -41,9 +43,7 @@ class EvaluationMetrics(Record):
     accuracy: float
     loss: float
     calibration_error: float
-    images: int
     errors: int
-    per_class_accuracy: dict[int, float]
 
 
 class DataMetrics(Record):
@@ -110,6 +110,7 @@ class Network:
         device: where it was trained.
         test: metrics on the test images.
         confusion: int64 ``[10, 10]``, rows actual, columns predicted.
+        per_class_accuracy: of the classes that the test images hold.
         predicted: int64 ``[n]``, the class given to each test image.
         probability: float64 ``[n]``, of that class.
     """
@@ -118,6 +119,7 @@ class Network:
     device: str
     test: EvaluationMetrics
     confusion: npt.NDArray[np.int64]
+    per_class_accuracy: dict[int, float]
     predicted: npt.NDArray[np.int64]
     probability: Floats
 
@@ -161,10 +163,14 @@ class Results:
     files: list[ModelFile]
 
     @property
+    def lecture(self) -> bool:
+        """Whether training was watched on the test images, as the lecture does it."""
+        return self.data.protocol.startswith("lecture")
+
+    @property
     def split_labels(self) -> dict[str, str]:
         """What to call the two splits that the learning curves watch."""
-        lecture = self.data.protocol.startswith("lecture")
-        return {"train": "train", "valid": "valid (= test images)" if lecture else "valid"}
+        return {"train": "train", "valid": "valid (= test images)" if self.lecture else "valid"}
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -186,11 +192,19 @@ def read_record(path: Path, kind: type[RecordT], stage: str) -> RecordT:
         ) from None
 
 
-def read_table(path: Path, columns: tuple[str, ...], stage: str) -> dict[str, Floats]:
+def read_table(
+    path: Path, columns: tuple[str, ...], stage: str, gaps: tuple[str, ...] = ()
+) -> dict[str, Floats]:
     """Read the CSV of numbers that a stage wrote.
 
+    Args:
+        path: where.
+        columns: its header.
+        stage: who wrote it.
+        gaps: columns that may have empty cells.
+
     Returns:
-        float64 ``[rows]``, at least one row, for each column.
+        float64 ``[rows]``, at least one row, for each column; NaN for an empty cell.
 
     Raises:
         UserError: The file is missing, has other columns, no rows or something not a number.
@@ -201,12 +215,25 @@ def read_table(path: Path, columns: tuple[str, ...], stage: str) -> dict[str, Fl
             raise ValueError(f"its columns are {header!r}, not {','.join(columns)!r}")
         if not body.strip():
             raise ValueError("it has no rows")
-        table = np.loadtxt(io.StringIO(body), delimiter=",", ndmin=2)
-        if table.shape[1] != len(columns) or not np.isfinite(table).all():
+        table = np.loadtxt(
+            io.StringIO(body),
+            delimiter=",",
+            comments=None,
+            ndmin=2,
+            converters={columns.index(name): _number_or_nan for name in gaps},
+        )
+        if (
+            table.shape[1] != len(columns)
+            or not (np.isfinite(table) | (np.isnan(table) & np.isin(columns, gaps))).all()
+        ):
             raise ValueError(f"a row does not hold {len(columns)} finite numbers")
     except ValueError as error:
         raise UserError(f"{path} is not what `dvc repro {stage}` writes: {error}") from None
     return dict(zip(columns, table.T, strict=True))
+
+
+def _number_or_nan(cell: str) -> float:
+    return float(cell) if cell else math.nan
 
 
 def _read(path: Path, stage: str) -> str:
@@ -231,16 +258,32 @@ def read_network(variant: str, test: Split) -> Network:
         and np.array_equal(predictions["actual"], test.labels)
     ):
         raise UserError(f"{path} is about other images than {TEST_SPLIT}; run `dvc repro evaluate`")
-    columns = ("actual", *map(str, range(CLASSES)))
-    confusion = read_table(REPORTS / f"confusion/{variant}.csv", columns, "evaluate")
+    confusion, per_class_accuracy = read_confusion(REPORTS / f"confusion/{variant}.csv")
     return Network(
         curve=read_table(REPORTS / f"curves/{variant}.csv", CURVE_COLUMNS, "train"),
         device=read_record(REPORTS / f"metrics/train-{variant}.json", TrainMetrics, "train").device,
         test=read_record(REPORTS / f"metrics/test-{variant}.json", EvaluationMetrics, "evaluate"),
-        confusion=np.stack([confusion[c] for c in columns[1:]], axis=1).astype(np.int64),
+        confusion=confusion,
+        per_class_accuracy=per_class_accuracy,
         predicted=predictions["predicted"].astype(np.int64),
         probability=predictions["probability"],
     )
+
+
+def read_confusion(path: Path) -> tuple[npt.NDArray[np.int64], dict[int, float]]:
+    """Read a confusion matrix, int64 ``[10, 10]``, and the accuracy of each class with images.
+
+    Raises:
+        UserError: The file is missing or malformed.
+    """
+    table = read_table(path, CONFUSION_COLUMNS, "evaluate", gaps=("accuracy",))
+    actual, *counts, accuracy = table.values()
+    if not np.array_equal(actual, np.arange(CLASSES)):
+        raise UserError(
+            f"{path} is not what `dvc repro evaluate` writes: its rows are not the classes 0 to 9"
+        )
+    known = {digit: float(share) for digit, share in enumerate(accuracy) if not np.isnan(share)}
+    return np.stack(counts, axis=1).astype(np.int64), known
 
 
 def read_layers(path: Path) -> dict[str, LayerStatistics]:

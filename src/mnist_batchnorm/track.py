@@ -14,7 +14,7 @@ from tenacity import retry, stop_after_attempt, wait_fixed
 
 from mnist_batchnorm.dataset import CLASSES, SIDE, network_input
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import digest
+from mnist_batchnorm.files import digest, write_json
 from mnist_batchnorm.layout import MODELS, REPORTS, VARIANTS
 from mnist_batchnorm.params import load_params
 from mnist_batchnorm.results import Network, Results, read_results
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 EXAMPLES = 3  # test images in the model's input example
+RECORD = REPORTS / "tracked.json"
 REPORTS_TAG = "mnist_bn.reports"
 
 
@@ -109,7 +110,7 @@ def measurements(network: Network) -> dict[str, float]:
         "test/calibration_error": network.test.calibration_error,
         **{
             f"test_class_accuracy/{digit}": accuracy
-            for digit, accuracy in network.test.per_class_accuracy.items()
+            for digit, accuracy in network.per_class_accuracy.items()
         },
     }
 
@@ -149,8 +150,7 @@ def track(runs: Runs, outcome: Outcome) -> str:
 
 def log_reports(runs: Runs, run_id: str, reports: list[Path], logged: str | None) -> None:
     """Log files under their paths in ``reports/``, unless ``logged`` says they are there."""
-    hashes = {path.as_posix(): digest(path) for path in reports}
-    state = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    state = fingerprint(hashes(reports))
     if state == logged:
         return
     for path in reports:
@@ -187,11 +187,12 @@ def log_onnx(runs: Runs, run_id: str, path: Path, example: "npt.NDArray[np.float
     graph = onnx.load(path)
     (image,), (logits,) = graph.graph.input, graph.graph.output
     float32 = np.dtype(np.float32)
+    (opset,) = (entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
     model = mlflow.initialize_logged_model(
         path.stem,
         source_run_id=run_id,
         tags={"sha256": sha256, "mlflow.source.name": "mnist-bn track"},
-        params=runs.client.get_run(run_id).data.params,
+        params=runs.client.get_run(run_id).data.params | {"export.opset": str(opset)},
         experiment_id=runs.experiment_id,
     )
     mlflow.onnx.log_model(
@@ -234,8 +235,29 @@ def charts(runs: Runs) -> str:
     # MLflow's front page is about language models
     page = f"#/experiments/{runs.experiment_id}/runs?workflowType=machine_learning"
     server = runs.uri.startswith(("http:", "https:"))
-    start = without_password(runs.uri.rstrip("/")) if server else "make ui, http://127.0.0.1:5000"
+    local = "make ui (port 5000 unless PORT= says otherwise), http://127.0.0.1:5000"
+    start = without_password(runs.uri.rstrip("/")) if server else local
     return f"{start}/{page}&compareRunsMode=CHART"
+
+
+def record(outcome: Outcome) -> dict[str, str]:
+    """Say what MLflow shall hold about a network: the same content gives the same record."""
+    results = {
+        "metrics": dict(outcome.metrics),
+        "tags": dict(outcome.tags),
+        "files": hashes([*outcome.reports, *outcome.models]),
+    }
+    return {"key": outcome.origin.key, "results": fingerprint(results)}
+
+
+def hashes(paths: list[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file."""
+    return {path.as_posix(): digest(path) for path in paths}
+
+
+def fingerprint(content: Mapping[str, object]) -> str:
+    """Return one SHA-256 for what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @click.command()
@@ -243,7 +265,8 @@ def command() -> None:
     """Complete the MLflow runs from the files on disk.
 
     A store that cannot be reached is worth a warning, not a failed pipeline: nothing is lost, the
-    same command completes the runs later.
+    same command completes the runs later. ``reports/tracked.json``, the stage's output for DVC,
+    is about what was to be tracked, so it is the same either way.
     """
     experiment = load_params().track.experiment
     results = read_results()
@@ -255,3 +278,4 @@ def command() -> None:
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
         warn(error, root)
         click.echo("MLflow does not have all of the runs; `mnist-bn track` tries again", err=True)
+    write_json(RECORD, {outcome.origin.variant: record(outcome) for outcome in outcomes})
