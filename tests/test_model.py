@@ -204,3 +204,19 @@ def test_checkpoint_without_an_update_count_does_not_pass_for_a_trained_one() ->
     state = {k: v for k, v in checkpoint.state.items() if k != "bn1.num_batches_tracked"}
     with pytest.raises((UserError, CheckFailedError), match="bn1"):
         require_frozen(replace(checkpoint, state=state).model())
+
+
+def test_weights_of_another_precision_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bn.safetensors"
+    checkpoint = a_checkpoint()
+    halved = checkpoint.state | {"linear1.weight": checkpoint.state["linear1.weight"].half()}
+    save_checkpoint(path, replace(checkpoint, state=halved))
+    with pytest.raises(UserError, match=r"linear1\.weight not float32"):
+        load_checkpoint(path)
+
+
+def test_network_with_a_weight_that_is_not_finite_is_not_frozen() -> None:
+    checkpoint = a_checkpoint()
+    broken = checkpoint.state | {"linear1.bias": torch.full((5,), torch.nan)}
+    with pytest.raises(CheckFailedError, match=r"not finite: linear1\.bias"):
+        require_frozen(replace(checkpoint, state=broken).model())

@@ -191,9 +191,44 @@ def test_second_repro_does_nothing(project: Project) -> None:
 
 
 def test_dvc_has_something_to_show(project: Project) -> None:
-    assert "accuracy" in project.check("dvc", "metrics", "show", "--md")
+    table = project.check("dvc", "metrics", "show", "--md")
+    assert "accuracy" in table
+    assert max(map(len, table.splitlines())) < 250  # a line that a wide terminal shows
     project.check("dvc", "plots", "show")
     assert (project.folder / "dvc_plots/index.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_fresh_clone_runs_the_gate_and_tells_its_own_mlflow(
+    tmp_path: Path, project: Project
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    source, clone = Project(tmp_path / "project"), Project(tmp_path / "clone")
+    shutil.copytree(project.folder, source.folder, symlinks=True)
+    source.check("git", "add", "-A")
+    source.check("git", "commit", "-qm", "results")
+    source.check("git", "clone", "-q", ".", str(clone.folder))
+    output = clone.check("dvc", "repro")
+    assert "Running stage 'verify'" in output
+    assert clone.check("git", "status", "--porcelain") == ""
+    client = MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert all("test/accuracy" in run.data.metrics for run in runs)
+    assert len(client.search_logged_models([experiment.experiment_id])) == 2
+
+
+@pytest.mark.slow
+def test_reverted_parameter_takes_training_from_the_cache(tmp_path: Path, project: Project) -> None:
+    copy = Project(tmp_path / "project")
+    shutil.copytree(project.folder, copy.folder, symlinks=True)
+    before = (copy.folder / "params.yaml").read_text()
+    (copy.folder / "params.yaml").write_text(before.replace("epochs: 3", "epochs: 1"))
+    copy.check("dvc", "repro", "train")
+    (copy.folder / "params.yaml").write_text(before)
+    output = copy.check("dvc", "repro", "train")
+    assert "Stage 'train@bn' is cached - skipping run" in output
 
 
 @pytest.mark.slow
@@ -210,6 +245,7 @@ def test_export_parameter_reruns_export_and_what_follows(tmp_path: Path, project
     copy = Project(tmp_path / "project")
     shutil.copytree(project.folder, copy.folder, symlinks=True)
     params = (copy.folder / "params.yaml").read_text()
+    assert "opset: 20" in params
     (copy.folder / "params.yaml").write_text(params.replace("opset: 20", "opset: 19"))
     output = copy.check("dvc", "repro")
     ran = {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}

@@ -50,7 +50,10 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
 
     def use(program: str) -> None:
         path = tmp_path / "child"
-        path.write_text(f"#!{sys.executable}\nimport os, sys, time\n{program}")
+        source = tmp_path / "child.py"
+        source.write_text(f"import os, sys, time\n{program}")
+        # not "#!python": the path of the interpreter may hold a space
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{source}" "$@"\n')
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path))
 

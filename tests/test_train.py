@@ -302,6 +302,13 @@ def test_measures_are_means_over_all_images(
     assert accuracy == (of_label == probability.max(dim=1).values).sum().item() / 200
 
 
+def test_measuring_leaves_each_module_in_its_mode(valid: DeviceSplit, change: Change) -> None:
+    model = built("bn", change()).train()
+    model.get_submodule("bn1").eval()  # frozen on purpose while the rest trains
+    measure(model, valid)
+    assert [name for name, module in model.named_modules() if not module.training] == ["bn1"]
+
+
 # --- devices ------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ def require_frozen(model: nn.Module) -> None:
 
     Raises:
         CheckFailedError: A module is in train mode; a batch-norm layer keeps no running
-            statistics, has never updated them, or holds impossible ones.
+            statistics, has never updated them, or holds impossible ones; a weight is not finite.
     """
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:
@@ -69,3 +69,6 @@ def require_frozen(model: nn.Module) -> None:
             raise CheckFailedError(f"{name} has never updated its running statistics: train first")
         if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
             raise CheckFailedError(f"{name} holds statistics that are not finite or are negative")
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise CheckFailedError(f"not finite: {', '.join(broken)}; train again")

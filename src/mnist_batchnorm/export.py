@@ -73,22 +73,26 @@ def strip_circumstance(proto: onnx.ModelProto) -> None:
     proto.producer_version = proto.producer_version.partition("+")[0]  # 2.15.0+cu132
 
 
-def embed_provenance(proto: onnx.ModelProto, weights: Path, checkpoint: Checkpoint) -> None:
-    """Write into the model's metadata which weights, data and params made it.
+def provenance(weights: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Say which weights, data and params make an ONNX file, and how to feed it.
 
-    Content only, so the same checkpoint gives the same file everywhere.
+    Content only, so the same checkpoint says the same everywhere.
     """
     params = json.dumps(checkpoint.provenance["params"], sort_keys=True)
-    provenance = {
+    content = {
         "weights_sha256": digest(weights),
         "train_data_sha256": checkpoint.provenance["train_sha256"],
         "train_params_sha256": hashlib.sha256(params.encode()).hexdigest(),
         "input": "float32 [batch, 784], pixel / 255, rows top to bottom",
         "output": "float32 [batch, 10], one logit a digit, no softmax",
     }
-    for key, value in sorted(provenance.items()):
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = f"mnist_batchnorm.{key}", value
+    return {f"mnist_batchnorm.{key}": value for key, value in sorted(content.items())}
+
+
+def embed_provenance(proto: onnx.ModelProto, weights: Path, checkpoint: Checkpoint) -> None:
+    """Write the `provenance` into the model's metadata, in place of what is there."""
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, provenance(weights, checkpoint))
 
 
 def export(weights: Path, opset: int) -> dict[str, bytes]:

@@ -102,11 +102,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as stored:
             metadata = json.loads((stored.metadata() or {})[_METADATA_KEY])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        stored_architecture = metadata["architecture"]
-        widths = tuple(int(width) for width in stored_architecture["widths"])
-        if len(widths) < 2 or min(widths) < 1:
-            raise ValueError(f"widths {widths}")
-        architecture = Architecture(**stored_architecture | {"widths": widths})
+        architecture = _parse_architecture(metadata["architecture"])
+        foreign = [n for n, t in state.items() if t.dtype not in {torch.float32, torch.int64}]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)} not float32")
         provenance = metadata["provenance"]
         if missing := {"train_sha256", "params"} - provenance.keys():
             raise ValueError(f"its provenance lacks {', '.join(sorted(missing))}")
@@ -119,3 +118,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{path} is not a checkpoint of this project: {type(error).__name__}: {error}"
         ) from None
+
+
+def _parse_architecture(stored: dict[str, Any]) -> Architecture:
+    widths = tuple(int(width) for width in stored["widths"])
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"widths {widths}")
+    numbers = {key: float(stored[key]) for key in ("bn_momentum", "bn_eps") if key in stored}
+    return Architecture(**stored | numbers | {"widths": widths})

@@ -57,6 +57,7 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",  # no pages of warnings where there is no git
 }
 METRICS_PER_REQUEST = 1000  # MLflow's limit
 LOCK_TIMEOUT = 30  # seconds; held for less than a second, or 3 to create the database

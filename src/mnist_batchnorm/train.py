@@ -92,10 +92,10 @@ def make_deterministic() -> None:
 def measure(model: nn.Module, split: DeviceSplit) -> tuple[float, float]:
     """Return mean cross-entropy (nats) and accuracy (0 to 1) over a split, in eval mode.
 
-    The model, all of it, is in its mode of before when this returns, and its running statistics
-    have not moved: that is checked, not assumed.
+    Every module is in its mode of before when this returns, and the running statistics have not
+    moved: that is checked, not assumed.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     loss = 0.0
     correct = 0
@@ -105,7 +105,8 @@ def measure(model: nn.Module, split: DeviceSplit) -> tuple[float, float]:
             logits = model(split.inputs[start : start + EVALUATION_BATCH])
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += int((logits.argmax(dim=1) == labels).sum())
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     return loss / len(split.labels), correct / len(split.labels)
 
 
@@ -153,13 +154,17 @@ def fit(
             model.train()
             for step, batch in enumerate(batches(len(train.labels), params.batch_size, generator)):
                 index = batch.to(train.labels.device)
-                loss = F.cross_entropy(model(train.inputs[index]), train.labels[index])
+                logits, labels = model(train.inputs[index]), train.labels[index]
+                loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 if not progress.disable and step % PROGRESS_STEPS == 0:
                     progress.set_description(f"epoch {number}/{params.epochs}")
-                    progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                    right = (logits.argmax(dim=1) == labels).float().mean()
+                    progress.set_postfix(
+                        loss=f"{loss.item():.3f}", accuracy=f"{right.item():.2f}", refresh=False
+                    )
                 progress.update()
             epoch = Epoch(number, *measure(model, train), *measure(model, valid))
             if not math.isfinite(epoch.train_loss + epoch.valid_loss):
@@ -220,7 +225,7 @@ def command(variant: str) -> None:
     provenance = {
         "variant": variant,
         "train_sha256": digest(train_file),
-        "params": params.model_dump(mode="json"),
+        "params": params.model_dump(mode="json", exclude={"device"}),  # auto or cpu: the same
         "device": device.type,
     }
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
