@@ -124,5 +124,7 @@ def _parse_architecture(stored: dict[str, Any]) -> Architecture:
     widths = tuple(int(width) for width in stored["widths"])
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"widths {widths}")
-    numbers = {key: float(stored[key]) for key in ("bn_momentum", "bn_eps") if key in stored}
-    return Architecture(**stored | numbers | {"widths": widths})
+    for key in ("bn_momentum", "bn_eps"):
+        if not isinstance(stored.get(key, 0.0), float):
+            raise TypeError(f"{key} {stored[key]!r}")
+    return Architecture(**stored | {"widths": widths})

@@ -12,7 +12,7 @@ from torch import nn
 
 from mnist_batchnorm.batchnorm import batch_norm_layers
 from mnist_batchnorm.dataset import network_input
-from mnist_batchnorm.export import embed_provenance
+from mnist_batchnorm.export import embed_provenance, strip_circumstance
 from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
 from mnist_batchnorm.parity import GraphReport, Reference, check_graph
 
@@ -20,7 +20,7 @@ IMAGES = 256
 BATCH_SIZES = (1, 7, IMAGES)
 LIMIT = 5e-6
 
-Judge = Callable[[onnx.ModelProto | bytes], GraphReport]
+Judge = Callable[..., GraphReport]  # of a graph or a file's bytes, folded=False
 
 
 def random_images(seed: int, n: int) -> np.ndarray:
@@ -60,14 +60,14 @@ def reference(checkpoint: Checkpoint) -> Reference:
 def judge(tmp_path: Path, checkpoint: Checkpoint, weights: Path, reference: Reference) -> Judge:
     """Run the gate on a graph that claims, truly or not, to come from the checkpoint."""
 
-    def run(graph: onnx.ModelProto | bytes) -> GraphReport:
+    def run(graph: onnx.ModelProto | bytes, folded: bool = False) -> GraphReport:
         if isinstance(graph, onnx.ModelProto):
-            del graph.metadata_props[:]
+            strip_circumstance(graph)
             embed_provenance(graph, weights, checkpoint)
             graph = graph.SerializeToString()
         path = tmp_path / "candidate.onnx"
         path.write_bytes(graph)
-        return check_graph(path, weights, checkpoint, reference, BATCH_SIZES, LIMIT)
+        return check_graph(path, weights, checkpoint, reference, BATCH_SIZES, LIMIT, folded=folded)
 
     return run
 

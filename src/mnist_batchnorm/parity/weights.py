@@ -10,13 +10,13 @@ import onnx
 from onnx import numpy_helper
 
 from mnist_batchnorm.model import Checkpoint
-from mnist_batchnorm.parity.report import Check, verdict
-from mnist_batchnorm.parity.structure import expected_operators, is_folded
+from mnist_batchnorm.parity.report import Check, finite, verdict
+from mnist_batchnorm.parity.structure import expected_operators, type_name
 
 Array = npt.NDArray[Any]
 
 ROUNDOFF = 2.0**-24  # unit roundoff u of float32
-FOLD_LIMIT = 8  # in u: a fold rounds a handful of times, an honest one stays far below
+FOLD_LIMIT = 8  # in u of what `fold` adds up: an honest fold rounds a handful of times
 STATISTICS = ("weight", "bias", "running_mean", "running_var")  # inputs 1 to 4 of the node
 
 
@@ -37,16 +37,21 @@ class Expected:
     limit: Array | None = None
 
 
-def check_weights(proto: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
+def check_weights(proto: onnx.ModelProto, checkpoint: Checkpoint, folded: bool) -> Check:
     """Compare every stored number with the checkpoint.
 
     Where the graph keeps BatchNormalization, every weight, bias and running statistic must equal
-    the checkpoint's bit for bit. Where it is folded, each must lie within 8 u of the float64 fold.
-    Tensors are found through the nodes that read them, not by name: the exporter folds under the
-    same names.
+    the checkpoint's bit for bit. Where it is folded, each must lie within the rounding that `fold`
+    allows: 8 u of a weight's own size, 8 u of the size of the terms that make a bias. Tensors are
+    found through the nodes that read them, not by name: the exporter folds under the same names.
+
+    Args:
+        proto: the ONNX model; `file_problems` finds none.
+        checkpoint: what it should hold.
+        folded: whether batch norm must be folded into the Gemm before, or must have been kept.
     """
     network = checkpoint.architecture
-    folded = network.batch_norm and is_folded(proto)
+    folded = folded and network.batch_norm
     operators = [operator for operator, _ in expected_operators(network, folded)]
     if [node.op_type for node in proto.graph.node] != operators:
         return Check("weights", False, "cannot be matched: the operators are not the network's")
@@ -60,15 +65,9 @@ def check_weights(proto: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
         if expected.tensor not in stored:
             problems.append(f"{expected.name}: {expected.tensor!r} is not stored in the file")
             continue
-        if stored[expected.tensor].data_location == onnx.TensorProto.EXTERNAL:
-            problems.append(f"{expected.name}: stored outside the file")
-            continue
-        array = numpy_helper.to_array(stored[expected.tensor])
-        if array.dtype != np.float32 or array.shape != expected.value.shape:
-            problems.append(
-                f"{expected.name} is {array.dtype} {array.shape}, "
-                f"expected float32 {expected.value.shape}"
-            )
+        array = _read(stored[expected.tensor], expected.value.shape)
+        if isinstance(array, str):
+            problems.append(f"{expected.name} {array}")
         elif expected.limit is None:
             problems += _bit_problems(expected, array)
         else:
@@ -79,13 +78,25 @@ def check_weights(proto: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
     if unused:
         problems.append(f"stored but not the network's: {', '.join(unused)}")
     count = sum(expected.value.size for expected in expectations)
-    how = f"within {FOLD_LIMIT} u of the float64 fold" if folded else "equal, bit for bit"
+    how = "within the rounding of the float64 fold" if folded else "equal, bit for bit"
     return verdict(
         "weights",
         problems,
         f"{count:,} numbers in {len(expectations)} tensors {how}",
         {"numbers": count, "folded": folded} | ({"worst": worst} if folded else {}),
     )
+
+
+def _read(tensor: onnx.TensorProto, shape: tuple[int, ...]) -> Array | str:
+    """Return the float32 array that a tensor holds, or what is wrong with it."""
+    if tensor.data_type != onnx.TensorProto.FLOAT or tuple(tensor.dims) != shape:
+        got = f"{type_name(tensor.data_type)} {tuple(tensor.dims)}"
+        return f"is {got}, expected FLOAT {shape}"
+    try:
+        array: Array = numpy_helper.to_array(tensor)
+    except ValueError as error:  # too few or too many bytes, or only a segment
+        return f"cannot be read: {error}"
+    return array
 
 
 def _bit_problems(expected: Expected, array: Array) -> list[str]:
@@ -101,8 +112,7 @@ def _bit_problems(expected: Expected, array: Array) -> list[str]:
 
 
 def _fold_evidence(expected: Expected, array: Array) -> tuple[dict[str, Any], list[str]]:
-    gap = np.abs(array.astype(np.float64) - expected.value) / expected.limit
-    gap[np.isnan(gap)] = np.finfo(np.float64).max  # a NaN is as wrong as a number can be
+    gap = finite(np.abs(array.astype(np.float64) - expected.value) / expected.limit)
     at = np.unravel_index(np.argmax(gap), gap.shape)
     where = [*map(int, at)]
     evidence = {"fraction_of_limit": float(gap[at]), "tensor": expected.name, "index": where}
