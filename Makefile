@@ -13,7 +13,7 @@ ONLY_UI := MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
 CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
 OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx \
-	reports/confusion reports/parity reports/predictions reports/tracked.json
+	reports/confusion reports/parity reports/predictions
 
 .PHONY: help setup repro test ui lock clean
 
