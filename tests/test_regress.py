@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from mnist_batchnorm import cli, layout, regress
+from mnist_batchnorm import layout, regress
 from mnist_batchnorm.dataset import Split, load_split, network_input
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.model import load_checkpoint
 from mnist_batchnorm.params import load_params
 from mnist_batchnorm.parity.weights import fold
+from tests.conftest import MnistBn
 
 ROOT = Path(__file__).parent.parent
 REGRESSION = ROOT / "tests/regression"
@@ -135,42 +137,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Network) -
     return tmp_path
 
 
-@dataclass(frozen=True)
-class Outcome:
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
+@pytest.fixture
+def run(project: Path, mnist_bn: MnistBn) -> MnistBn:
+    """Run ``mnist-bn regress`` with arguments, in the project's folder."""
+    return partial(mnist_bn, "regress")
 
 
 @pytest.fixture
-def run(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    """Run ``mnist-bn regress`` as the console script does."""
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["mnist-bn", "regress", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(ended.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
-
-    return call
-
-
-@pytest.fixture
-def pinned(run: Command) -> bytes:
+def pinned(run: MnistBn) -> bytes:
     """The goldens of the present models."""
     assert run("--update").status == 0
     return regress.GOLDENS.read_bytes()
 
 
 @pytest.mark.usefixtures("pinned")
-def test_unchanged_models_pass(run: Command) -> None:
+def test_unchanged_models_pass(run: MnistBn) -> None:
     outcome = run()
     assert outcome.status == 0
     for name in layout.GRAPHS:
@@ -181,7 +162,7 @@ def test_unchanged_models_pass(run: Command) -> None:
 
 
 @pytest.mark.usefixtures("pinned")
-def test_same_network_in_other_files_passes(run: Command) -> None:
+def test_same_network_in_other_files_passes(run: MnistBn) -> None:
     for name in layout.GRAPHS:
         proto = onnx.load(layout.MODELS / name)
         proto.producer_name = "another exporter"
@@ -193,7 +174,7 @@ def test_same_network_in_other_files_passes(run: Command) -> None:
 
 @pytest.mark.usefixtures("pinned")
 def test_statistics_touched_by_one_forward_pass_are_reported_with_names_and_numbers(
-    run: Command, split: Split
+    run: MnistBn, split: Split
 ) -> None:
     touched = load_checkpoint(REGRESSION / "checkpoint.safetensors").model()
     before = torch_logits(touched, split)
@@ -240,7 +221,7 @@ def test_statistics_touched_by_one_forward_pass_are_reported_with_names_and_numb
 
 
 @pytest.mark.usefixtures("pinned")
-def test_one_weight_in_one_graph_is_that_graphs_change(run: Command, network: Network) -> None:
+def test_one_weight_in_one_graph_is_that_graphs_change(run: MnistBn, network: Network) -> None:
     bias = network.state["linear3.bias"].copy()
     bias[3] += 0.5
     changed = replace(network, state=network.state | {"linear3.bias": bias})
@@ -264,7 +245,7 @@ def test_change_below_rounding_passes_and_just_above_fails(split: Split, network
     assert (above.images_beyond, above.flips) == (1, ())
 
 
-def test_update_accepts_a_change(run: Command, pinned: bytes, network: Network) -> None:
+def test_update_accepts_a_change(run: MnistBn, pinned: bytes, network: Network) -> None:
     bias = network.state["linear3.bias"] + np.float32(0.5)
     replace(network, state=network.state | {"linear3.bias": bias}).write()
     assert run().status == 1
@@ -274,7 +255,7 @@ def test_update_accepts_a_change(run: Command, pinned: bytes, network: Network) 
     assert run().status == 0
 
 
-def test_update_writes_the_same_bytes_again(run: Command, pinned: bytes) -> None:
+def test_update_writes_the_same_bytes_again(run: MnistBn, pinned: bytes) -> None:
     assert run("--update").status == 0
     assert regress.GOLDENS.read_bytes() == pinned
 
@@ -311,7 +292,7 @@ def test_goldens_restore_every_float32(tmp_path: Path, split: Split, logits: np.
     assert loaded.logits.tobytes() == logits.tobytes()
 
 
-def test_missing_goldens_say_how_to_pin_them(run: Command) -> None:
+def test_missing_goldens_say_how_to_pin_them(run: MnistBn) -> None:
     outcome = run()
     assert outcome.status == 2
     assert f"no {regress.GOLDENS}" in outcome.err
@@ -319,14 +300,14 @@ def test_missing_goldens_say_how_to_pin_them(run: Command) -> None:
 
 
 @pytest.mark.parametrize("name", layout.GRAPHS)
-def test_missing_model_says_how_to_make_it(run: Command, name: str) -> None:
+def test_missing_model_says_how_to_make_it(run: MnistBn, name: str) -> None:
     (layout.MODELS / name).unlink()
     outcome = run()
     assert outcome.status == 2
     assert f"no models/{name}; run `dvc repro export` first" in outcome.err
 
 
-def test_another_folder_is_named(run: Command, project: Path) -> None:
+def test_another_folder_is_named(run: MnistBn, project: Path) -> None:
     shutil.rmtree(regress.FIXTURES)
     outcome = run()
     assert outcome.status == 2
@@ -362,7 +343,7 @@ def with_logit(text: str, logit: object) -> str:
     ],
 )
 def test_damaged_goldens_are_refused(
-    run: Command, pinned: bytes, damage: Callable[[str], str], complaint: str
+    run: MnistBn, pinned: bytes, damage: Callable[[str], str], complaint: str
 ) -> None:
     regress.GOLDENS.write_text(damage(pinned.decode()))
     outcome = run()
@@ -372,7 +353,7 @@ def test_damaged_goldens_are_refused(
     assert "mnist-bn regress --update" in outcome.err
 
 
-def test_goldens_of_other_images_are_refused(run: Command, pinned: bytes) -> None:
+def test_goldens_of_other_images_are_refused(run: MnistBn, pinned: bytes) -> None:
     text = pinned.decode()
     regress.GOLDENS.write_text(text.replace(digest(regress.IMAGES), "0" * 64))
     outcome = run()
@@ -406,7 +387,7 @@ def test_any_damage_to_goldens_is_read_or_refused(
     "size", [0, 1, 1000, -1], ids=["empty", "1 byte", "1000 bytes", "all but one"]
 )
 @pytest.mark.usefixtures("pinned")
-def test_damaged_model_is_refused(run: Command, size: int) -> None:
+def test_damaged_model_is_refused(run: MnistBn, size: int) -> None:
     path = layout.MODELS / "bn.onnx"
     path.write_bytes(path.read_bytes()[:size])
     outcome = run()
@@ -416,7 +397,7 @@ def test_damaged_model_is_refused(run: Command, size: int) -> None:
 
 
 @pytest.mark.usefixtures("pinned")
-def test_damaged_images_are_refused(run: Command) -> None:
+def test_damaged_images_are_refused(run: MnistBn) -> None:
     regress.IMAGES.write_bytes(b"not safetensors")
     outcome = run()
     assert outcome.status == 2
@@ -424,7 +405,7 @@ def test_damaged_images_are_refused(run: Command) -> None:
 
 
 @pytest.mark.usefixtures("pinned")
-def test_frozen_batch_axis_fails(run: Command, network: Network) -> None:
+def test_frozen_batch_axis_fails(run: MnistBn, network: Network) -> None:
     replace(network, batch=64).write()
     outcome = run()
     assert outcome.status == 1
@@ -432,7 +413,7 @@ def test_frozen_batch_axis_fails(run: Command, network: Network) -> None:
 
 
 @pytest.mark.usefixtures("pinned")
-def test_statistics_of_the_batch_fail(run: Command, network: Network) -> None:
+def test_statistics_of_the_batch_fail(run: MnistBn, network: Network) -> None:
     content = replace(network, training_mode=1).graph(folded=False)
     (layout.MODELS / "bn.onnx").write_bytes(content)
     outcome = run("--json")
@@ -443,7 +424,7 @@ def test_statistics_of_the_batch_fail(run: Command, network: Network) -> None:
 
 
 @pytest.mark.usefixtures("pinned")
-def test_nan_fails(run: Command, network: Network) -> None:
+def test_nan_fails(run: MnistBn, network: Network) -> None:
     bias = network.state["linear3.bias"].copy()
     bias[0] = np.nan
     replace(network, state=network.state | {"linear3.bias": bias}).write()
@@ -453,7 +434,7 @@ def test_nan_fails(run: Command, network: Network) -> None:
 
 
 @pytest.mark.usefixtures("pinned")
-def test_another_number_of_classes_fails(run: Command, network: Network) -> None:
+def test_another_number_of_classes_fails(run: MnistBn, network: Network) -> None:
     shape = [network.state[f"linear3.{key}"][:5] for key in ("weight", "bias")]
     state = network.state | dict(zip(("linear3.weight", "linear3.bias"), shape, strict=True))
     proto = onnx.load_from_string(network.graph(folded=False))
@@ -466,7 +447,7 @@ def test_another_number_of_classes_fails(run: Command, network: Network) -> None
     assert "float32 (64, 5) at batch size 64, expected float32 (64, 10)" in outcome.err
 
 
-def test_graphs_that_disagree_are_not_pinned(run: Command, pinned: bytes, network: Network) -> None:
+def test_graphs_that_disagree_are_not_pinned(run: MnistBn, pinned: bytes, network: Network) -> None:
     bias = network.state["linear3.bias"] + np.float32(0.5)
     changed = replace(network, state=network.state | {"linear3.bias": bias})
     (layout.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
@@ -479,7 +460,7 @@ def test_graphs_that_disagree_are_not_pinned(run: Command, pinned: bytes, networ
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
 def test_interrupted_update_leaves_the_old_goldens(
-    run: Command,
+    run: MnistBn,
     pinned: bytes,
     network: Network,
     monkeypatch: pytest.MonkeyPatch,
@@ -505,7 +486,7 @@ def test_interrupted_update_leaves_the_old_goldens(
         assert f"{regress.GOLDENS} cannot be written: No space left" in outcome.err
 
 
-def test_update_and_json_exclude_each_other(run: Command) -> None:
+def test_update_and_json_exclude_each_other(run: MnistBn) -> None:
     outcome = run("--update", "--json")
     assert outcome.status == 2
     assert "--update compares nothing" in outcome.err
