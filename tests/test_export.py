@@ -125,7 +125,7 @@ def test_bn_folded_onnx_has_no_batch_norm_left(
 
 def test_other_widths_and_the_plain_network_export_too() -> None:
     model = Architecture((20, 6, 3), batch_norm=False).build(1).eval()
-    content = export_onnx(model, OPSET, fold=False).SerializeToString()
+    content = export_onnx(model, (20,), OPSET)[False].SerializeToString()
     inputs = np.random.default_rng(0).random((5, 20), dtype=np.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(inputs)).numpy()
@@ -215,7 +215,6 @@ def keep_no_statistics(model: nn.Sequential) -> None:
     model.bn2 = nn.BatchNorm1d(32, track_running_stats=False).eval()
 
 
-@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -227,12 +226,12 @@ def keep_no_statistics(model: nn.Sequential) -> None:
     ids=["train mode", "one layer in train mode", "never updated", "no statistics"],
 )
 def test_network_that_is_not_frozen_is_not_exported(
-    trained: Checkpoint, fold: bool, spoil: Callable[[nn.Sequential], object], message: str
+    trained: Checkpoint, spoil: Callable[[nn.Sequential], object], message: str
 ) -> None:
     model = trained.model()
     spoil(model)
     with pytest.raises(CheckFailedError, match=message):
-        export_onnx(model, OPSET, fold)
+        export_onnx(model, (784,), OPSET)
 
 
 def test_command_writes_both_files(
@@ -255,6 +254,16 @@ def test_command_refuses_an_untrained_checkpoint(
     done = mnist_bn("export")
     assert done.status == 1
     assert done.err == "FAILED: bn1 has never updated its running statistics: train first\n"
+    assert not list(project.glob("models/*.onnx"))
+
+
+def test_command_refuses_a_checkpoint_that_does_not_say_what_made_it(
+    project: Path, trained: Checkpoint, mnist_bn: MnistBn
+) -> None:
+    save_checkpoint(project / "models/bn.safetensors", replace(trained, provenance={}))
+    done = mnist_bn("export")
+    assert done.status == 2
+    assert "models/bn.safetensors does not say what made it: params, train_sha256 mis" in done.err
     assert not list(project.glob("models/*.onnx"))
 
 

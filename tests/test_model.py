@@ -159,15 +159,9 @@ def test_unreadable_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
                 {"architecture": {"widths": [6, 3], "batch_norm": True, "x": 1}, "provenance": {}}
             )
         },
-        {"mnist_batchnorm": json.dumps({"architecture": {"widths": [6, 3], "batch_norm": True}})},
         {
             "mnist_batchnorm": json.dumps(
                 {"architecture": {"widths": [6], "batch_norm": True}, "provenance": PROVENANCE}
-            )
-        },
-        {
-            "mnist_batchnorm": json.dumps(
-                {"architecture": {"widths": [6, 3], "batch_norm": True}, "provenance": {}}
             )
         },
     ],

@@ -7,6 +7,7 @@ read the frozen statistics in the file; ``bn-folded.onnx`` has them folded into 
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -23,32 +24,27 @@ from mnist_batchnorm.model import Checkpoint, load_checkpoint
 INPUT, OUTPUT = "image", "logits"
 
 
-def export_onnx(model: nn.Sequential, opset: int, fold: bool) -> onnx.ModelProto:
-    """Trace a network in eval mode into an ONNX graph with a symbolic batch axis.
+def trace(
+    model: nn.Sequential, input_shape: Sequence[int], opset: int | None = None
+) -> dict[bool, onnx.ModelProto]:
+    """Trace a network in eval mode into ONNX graphs with a symbolic batch axis.
 
     Args:
-        model: the network, on the CPU, in eval mode; its first layer is a Linear.
-        opset: version of the ONNX standard operators.
-        fold: whether the exporter's optimizer folds each BatchNormalization into the Gemm before.
+        model: the network, on the CPU, in eval mode.
+        input_shape: of one input, without the batch axis.
+        opset: version of the ONNX standard operators; None for the exporter's default.
 
     Returns:
-        One graph ``image`` float32 ``[batch, inputs]`` -> ``logits`` float32 ``[batch, outputs]``
-        without the exporter's traces of this machine.
-
-    Raises:
-        CheckFailedError: The model is in train mode, or its statistics are missing, were never
-            updated, or are impossible.
+        By whether the exporter's optimizer has folded batch norm into the layer before: one graph
+        ``image`` float32 ``[batch, ...]`` -> ``logits`` float32 ``[batch, ...]``, without the
+        exporter's traces of this machine.
     """
-    require_frozen(model)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it suggests installing torchvision
-    first = model[0]
-    assert isinstance(first, torch.nn.Linear)
-    example = torch.zeros(2, first.in_features)  # 2: the exporter would take 1 for a constant
     program = torch.onnx.export(
         model,
-        (example,),
+        (torch.zeros(2, *input_shape),),  # 2: the exporter would take 1 for a constant
         dynamo=True,
-        optimize=fold,
+        optimize=False,
         opset_version=opset,
         input_names=[INPUT],
         output_names=[OUTPUT],
@@ -56,9 +52,25 @@ def export_onnx(model: nn.Sequential, opset: int, fold: bool) -> onnx.ModelProto
         verbose=False,
     )
     assert program is not None
-    proto = program.model_proto
-    strip_circumstance(proto)
-    return proto
+    kept = program.model_proto
+    program.optimize()
+    graphs = {False: kept, True: program.model_proto}
+    for proto in graphs.values():
+        strip_circumstance(proto)
+    return graphs
+
+
+def export_onnx(
+    model: nn.Sequential, input_shape: Sequence[int], opset: int
+) -> dict[bool, onnx.ModelProto]:
+    """Export a network that is fit to ship; see `trace`.
+
+    Raises:
+        CheckFailedError: The model is in train mode, or its statistics are missing, were never
+            updated, or are impossible.
+    """
+    require_frozen(model)
+    return trace(model, input_shape, opset)
 
 
 def strip_circumstance(proto: onnx.ModelProto) -> None:
@@ -76,16 +88,20 @@ def strip_circumstance(proto: onnx.ModelProto) -> None:
 def provenance(weights: Path, checkpoint: Checkpoint) -> dict[str, str]:
     """Say which weights, data and params make an ONNX file, and how to feed it.
 
-    Content only, so the same checkpoint says the same everywhere.
+    Content only, so the same checkpoint says the same everywhere; nothing of what the checkpoint
+    itself does not say.
     """
-    params = json.dumps(checkpoint.provenance["params"], sort_keys=True)
+    made_from = checkpoint.provenance
     content = {
         "weights_sha256": digest(weights),
-        "train_data_sha256": checkpoint.provenance["train_sha256"],
-        "train_params_sha256": hashlib.sha256(params.encode()).hexdigest(),
         "input": "float32 [batch, 784], pixel / 255, rows top to bottom",
         "output": "float32 [batch, 10], one logit a digit, no softmax",
     }
+    if "train_sha256" in made_from:
+        content["train_data_sha256"] = made_from["train_sha256"]
+    if "params" in made_from:
+        params = json.dumps(made_from["params"], sort_keys=True)
+        content["train_params_sha256"] = hashlib.sha256(params.encode()).hexdigest()
     return {f"mnist_batchnorm.{key}": value for key, value in sorted(content.items())}
 
 
@@ -108,10 +124,14 @@ def export(weights: Path, opset: int) -> dict[str, bytes]:
     checkpoint = load_checkpoint(weights)
     if not checkpoint.architecture.batch_norm:
         raise UserError(f"{weights} holds the network without batch norm; export takes the other")
-    model = checkpoint.model()
+    if missing := {"train_sha256", "params"} - checkpoint.provenance.keys():
+        raise UserError(
+            f"{weights} does not say what made it: {', '.join(sorted(missing))} missing"
+        )
+    graphs = export_onnx(checkpoint.model(), checkpoint.architecture.widths[:1], opset)
     files = {}
-    for name, fold in GRAPHS.items():
-        proto = export_onnx(model, opset, fold)
+    for name, folded in GRAPHS.items():
+        proto = graphs[folded]
         embed_provenance(proto, weights, checkpoint)
         onnx.checker.check_model(proto, full_check=True)
         files[name] = proto.SerializeToString(deterministic=True)
