@@ -159,12 +159,6 @@ def test_section_that_is_none_is_named(key: str, value: object) -> None:
         ("evaluate.calibration_bins", 10_001, "less than or equal to 10000"),
         ("export.opset", 17, "greater than or equal to 18"),
         ("export.opset", 24, "less than or equal to 23"),
-        ("verify.batch_sizes", [], "at least one usable value"),
-        ("verify.batch_sizes.0", [[], 1], "valid integer"),
-        ("verify.batch_sizes.1", [1, 0], "greater than 0"),
-        ("verify.batch_sizes", [7, 1, 7], "must differ from each other"),
-        ("verify.max_relative_error", 0, "greater than 0"),
-        ("verify.max_relative_error", 1, "less than 1"),
         ("track.experiment", "", "at least 1 character"),
     ],
 )
@@ -189,7 +183,6 @@ def test_impossible_value_is_named(key: str, value: object, reason: str) -> None
         ("train.device", "cuda:10"),
         ("export.opset", 18),
         ("export.opset", 23),
-        ("verify.batch_sizes", [1]),
     ],
 )
 def test_value_at_the_edge_is_taken(key: str, value: object) -> None:

@@ -16,6 +16,7 @@ from mnist_batchnorm.errors import CheckFailedError
 from mnist_batchnorm.files import write_json, write_text
 from mnist_batchnorm.layout import MODELS, REPORTS, TEST_SPLIT, VARIANTS
 from mnist_batchnorm.model import load_checkpoint
+from mnist_batchnorm.threads import one_thread
 
 
 def network_logits(
@@ -32,13 +33,8 @@ def network_logits(
         logits, float32 ``[n, 10]``.
     """
     inputs = torch.from_numpy(network_input(images))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            return torch.cat([model(batch) for batch in torch.split(inputs, batch_size)]).numpy()
-    finally:
-        torch.set_num_threads(threads)
+    with torch.inference_mode(), one_thread():
+        return torch.cat([model(batch) for batch in torch.split(inputs, batch_size)]).numpy()
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -4,14 +4,7 @@ import io
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from ruamel.yaml import YAML
 
 from mnist_batchnorm.errors import UserError
@@ -22,12 +15,6 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what every library takes for a size
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")]
-
-
-def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(values)) != len(values):
-        raise ValueError("the values must differ from each other")
-    return values
 
 
 class Section(BaseModel):
@@ -88,15 +75,6 @@ class ExportParams(Section):
     opset: Annotated[int, Field(ge=18, le=23)]
 
 
-class VerifyParams(Section):
-    """What the parity gate demands."""
-
-    batch_sizes: Annotated[
-        tuple[PositiveInt, ...], Field(min_length=1, strict=False), AfterValidator(_distinct)
-    ]
-    max_relative_error: Annotated[float, Field(gt=0, lt=1)]
-
-
 class TrackParams(Section):
     """Where MLflow shows the runs."""
 
@@ -111,7 +89,6 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     export: ExportParams
-    verify: VerifyParams
     track: TrackParams
 
 

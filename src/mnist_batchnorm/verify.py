@@ -1,77 +1,78 @@
 """Stage verify: no ONNX file leaves the pipeline that does not compute what training left."""
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from mnist_batchnorm.dataset import load_split, network_input
-from mnist_batchnorm.errors import CheckFailedError
+from mnist_batchnorm.dataset import Split, load_split, network_input
+from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.export import INPUT, OUTPUT, provenance
 from mnist_batchnorm.files import digest, write_json, write_text
 from mnist_batchnorm.layout import CHECKPOINT, GRAPHS, MODELS, REPORTS, TEST_SPLIT
 from mnist_batchnorm.model import load_checkpoint
-from mnist_batchnorm.parity import GraphReport, Reference, check_graph
+from mnist_batchnorm.parity import Gate, ParityReport
 
 REPORT = REPORTS / "parity.json"
 ERRORS = REPORTS / "parity/errors.csv"
 
 
 def verify(
-    graphs: Sequence[Path], weights: Path, data: Path, batch_sizes: Sequence[int], limit: float
-) -> tuple[dict[str, Any], dict[str, GraphReport]]:
+    graphs: Sequence[Path], weights: Path, data: Path, opset: int
+) -> tuple[dict[str, Any], dict[str, ParityReport]]:
     """Run the gate on each ONNX file, on all images of a split.
 
     Args:
         graphs: the ONNX files; by its name in `GRAPHS` each must be folded, or must not.
         weights: the checkpoint that they should be.
         data: the split.
-        batch_sizes: images a call to ONNX Runtime.
-        limit: largest error over the row's largest logit.
+        opset: of ONNX's own operators, as exported.
 
     Returns:
-        The content of ``reports/parity.json``, and the report on each file by its name.
+        The content of ``reports/parity.json``, which docs/parity.md describes, and the report on
+        each file by its name.
 
     Raises:
         UserError: A file is missing or is not what its name says.
     """
-    checkpoint = load_checkpoint(weights)
+    if missing := [path.as_posix() for path in graphs if not path.is_file()]:
+        raise UserError(f"no {', '.join(missing)}; run `dvc repro export` first")
     split = load_split(data)
-    reference = Reference.compute(checkpoint.model(), network_input(split.images), split.labels)
+    gate = gate_of(weights, split)
+    expected = provenance(weights, load_checkpoint(weights))
     reports = {
-        path.name: check_graph(
+        path.name: gate.check(
             path,
-            weights,
-            checkpoint,
-            reference,
-            batch_sizes,
-            limit,
+            input_name=INPUT,
+            output_name=OUTPUT,
+            opset=opset,
             folded=GRAPHS[path.name],
+            provenance=expected,
+            require_provenance=True,
         )
         for path in graphs
     }
     content = {
+        "schema": 1,
         "parity": all(report.parity for report in reports.values()),
-        "checkpoint": {"path": weights.as_posix(), "sha256": digest(weights)},
         "data": {"path": data.as_posix(), "sha256": digest(data), "images": len(split)},
-        "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch", "numpy")},
-        "accuracy": {
-            "pytorch": _accuracy(reference.pytorch, split.labels),
-            "float64": _accuracy(reference.exact, split.labels),
-            **{name: report.outputs.get("accuracy") for name, report in reports.items()},
-        },
+        "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch")},
         "graphs": {name: report.to_json() for name, report in reports.items()},
     }
     return content, reports
 
 
-def _accuracy(logits: Any, labels: Any) -> float:
-    return float(np.mean(logits.argmax(axis=1) == labels))
+def gate_of(weights: Path, split: Split | None) -> Gate:
+    """Make the gate for a checkpoint of this project, with real images where there are some."""
+    if split is None:
+        return Gate(weights)
+    return Gate(weights, inputs=network_input(split.images), labels=split.labels)
 
 
-def error_table(reports: Mapping[str, GraphReport], images: int) -> str:
+def error_table(reports: Mapping[str, ParityReport], images: int) -> str:
     """Return the CSV of each image's largest relative error in each file.
 
     One row an image of the split, in its order; empty where no pass measured the file.
@@ -86,24 +87,49 @@ def error_table(reports: Mapping[str, GraphReport], images: int) -> str:
 
 
 @click.command()
-def command() -> None:
-    """Prove that ONNX Runtime computes what PyTorch computes (reports/parity.json, parity/)."""
+@click.option("--onnx", type=click.Path(path_type=Path), help="An ONNX file to judge.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The checkpoint it should be.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(onnx: Path | None, weights: Path | None, as_json: bool) -> None:
+    """Prove that ONNX Runtime computes what PyTorch computes.
+
+    Without options, the stage: judges models/bn.onnx and models/bn-folded.onnx, writes
+    reports/parity.json and reports/parity/. With --onnx and --weights, judges those two files and
+    writes nothing. Exit status: 0 parity, 1 no parity, 2 cannot be judged.
+    """
+    if onnx is not None and weights is not None:
+        _judge(onnx, weights, as_json)
+    elif onnx is None and weights is None and not as_json:
+        _stage()
+    else:
+        raise click.UsageError("--onnx and --weights go together, and --json needs both")
+
+
+def _stage() -> None:
     from mnist_batchnorm.params import load_params
 
-    params = load_params().verify
     graphs = [MODELS / name for name in GRAPHS]
-    content, reports = verify(
-        graphs, CHECKPOINT, TEST_SPLIT, params.batch_sizes, params.max_relative_error
-    )
+    content, reports = verify(graphs, CHECKPOINT, TEST_SPLIT, load_params().export.opset)
     write_json(REPORT, content)
     write_text(ERRORS, error_table(reports, content["data"]["images"]))
-    for name, report in reports.items():
-        click.echo(f"{name}: {'parity' if report.parity else 'NO PARITY'}")
-        for check in report.checks:
-            click.echo(f"  {'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
-    failed = [name for name, report in reports.items() if not report.parity]
-    if failed:
+    for report in reports.values():
+        click.echo(report.table())
+    if failed := [report.onnx for report in reports.values() if not report.parity]:
         raise CheckFailedError(
             f"{', '.join(failed)} does not compute what {CHECKPOINT} computes; "
             f"every check with its evidence is in {REPORT}"
         )
+
+
+def _judge(onnx: Path, weights: Path, as_json: bool) -> None:
+    split = load_split(TEST_SPLIT) if TEST_SPLIT.is_file() else None
+    if split is None:
+        click.echo(f"no {TEST_SPLIT} here: judged by synthetic inputs alone", err=True)
+    gate = gate_of(weights, split)
+    expected = provenance(weights, load_checkpoint(weights))
+    report = gate.check(onnx, input_name=INPUT, output_name=OUTPUT, provenance=expected)
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.table())
+    if report.verdict == "no parity":
+        raise CheckFailedError(f"{onnx} does not compute what {weights} computes")
+    if report.verdict == "unproven":
+        raise UserError(f"{onnx} cannot be judged: not every check could be run")

@@ -1,121 +1,288 @@
 """The gate: a file on disk against a checkpoint on disk, every check run, none skipped."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import copy
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.model import Checkpoint
-from mnist_batchnorm.parity.outputs import Float64, Reference, check_outputs
-from mnist_batchnorm.parity.provenance import check_provenance, undecodable
-from mnist_batchnorm.parity.report import Check, verdict
-from mnist_batchnorm.parity.structure import check_structure, file_problems
-from mnist_batchnorm.parity.weights import check_weights
+from mnist_batchnorm.parity.behaviour import check_behaviour
+from mnist_batchnorm.parity.diagnosis import Findings, diagnose
+from mnist_batchnorm.parity.graph import Chain, decode, file_problems, read_chain
+from mnist_batchnorm.parity.invariance import check_invariance
+from mnist_batchnorm.parity.layers import list_layers
+from mnist_batchnorm.parity.probes import check_probes, relative_errors
+from mnist_batchnorm.parity.provenance import check_provenance
+from mnist_batchnorm.parity.reexport import FreshExport, check_reexport
+from mnist_batchnorm.parity.reference import Float64, Labels, Reference
+from mnist_batchnorm.parity.report import Check, Diagnosis, ParityReport, one_line, verdict
+from mnist_batchnorm.parity.runtime import Float32, Passes
+from mnist_batchnorm.parity.structure import Interface, Pair, check_structure, match
+from mnist_batchnorm.parity.weights import check_weights, fused
+
+NAMES = (
+    *("file", "provenance", "structure", "weights", "re-export"),
+    *("probes", "invariance", "behaviour"),
+)
 
 
-@dataclass(frozen=True)
-class GraphReport:
-    """What the gate found about one ONNX file.
-
-    Attributes:
-        sha256: of the file that was judged, so that the verdict cannot be used for another.
-        checks: every check, in order.
-        errors: each image's largest relative error of all passes, float64 ``[n]``; None when no
-            pass ran to its end.
-    """
-
-    sha256: str
-    checks: list[Check]
-    errors: Float64 | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def parity(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    @property
-    def outputs(self) -> dict[str, Any]:
-        """The evidence of the check on outputs; empty when the file could not even be read."""
-        return next((check.evidence for check in self.checks if check.name == "outputs"), {})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as ``reports/parity.json`` holds it."""
-        return {
-            "sha256": self.sha256,
-            "parity": self.parity,
-            "max_relative_error": self.outputs.get("max_relative_error"),
-            "limit": self.outputs.get("limit"),
-            "max_relative_error_vs_pytorch": self.outputs.get("max_relative_error_vs_pytorch"),
-            "argmax_differences": self.outputs.get("argmax_differences"),
-            "checks": [asdict(check) for check in self.checks],
-        }
-
-
-@np.errstate(all="ignore")  # an overflow or a NaN is a finding
-def check_graph(
-    path: Path,
-    weights: Path,
-    checkpoint: Checkpoint,
-    reference: Reference,
-    batch_sizes: Sequence[int],
-    limit: float,
-    *,
-    folded: bool,
-) -> GraphReport:
-    """Judge one ONNX file against the checkpoint it should be.
+class Gate:
+    """One checkpoint's network and what it computes; judges any number of files against it.
 
     Args:
-        path: the ONNX file.
-        weights: the checkpoint's file.
-        checkpoint: its content.
-        reference: images and what the checkpoint's network makes of them.
-        batch_sizes: images a call to ONNX Runtime.
-        limit: largest error over the row's largest logit.
-        folded: whether the file must have batch norm folded into the Gemm before, or kept.
-
-    Returns:
-        A report; a bad file is a finding of it, not an exception.
+        weights: the checkpoint: safetensors, or a ``state_dict`` that torch.save wrote.
+        model: the network; its own weights are ignored. None where ``weights`` is a checkpoint of
+            this project, which says so itself.
+        inputs: real inputs, float32 ``[n, ...]``; None to judge by synthetic ones alone.
+        labels: their classes, integers ``[n]``.
+        input_shape: of one input, without the batch axis; by default that of ``inputs``, or of a
+            first Linear.
 
     Raises:
-        UserError: The ONNX file cannot be read from disk.
+        UserError: The checkpoint cannot be read or does not fit the model, or the inputs do not.
     """
+
+    def __init__(
+        self,
+        weights: Path | str,
+        *,
+        model: nn.Sequential | None = None,
+        inputs: Float32 | None = None,
+        labels: Labels | None = None,
+        input_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self.weights = Path(weights)
+        self.model = _network(self.weights, model)
+        self.weights_sha256 = sha256(_read(self.weights)).hexdigest()
+        self.input_shape = input_shape or _input_shape(self.model, inputs)
+        try:
+            self.layers, self.unknown = list_layers(self.model, self.input_shape)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the network does not take inputs of shape {self.input_shape}: {one_line(error)}"
+            ) from None
+        self.fresh = FreshExport(self.model, self.input_shape)
+        self.reference = Reference(
+            self.model, [] if self.unknown else self.layers, self.input_shape, inputs, labels
+        )
+
+    def check(
+        self,
+        file: Path | str,
+        *,
+        input_name: str | None = None,
+        output_name: str | None = None,
+        opset: int | None = None,
+        folded: bool | None = None,
+        provenance: Mapping[str, str] | None = None,
+        require_provenance: bool = False,
+    ) -> ParityReport:
+        """Judge one ONNX file; see `check` for the arguments.
+
+        Raises:
+            UserError: The file cannot be read from disk. A bad file is a finding.
+        """
+        content = _read(Path(file))
+        proto = decode(content)
+        if isinstance(proto, str):
+            checks = [Check("file", "failed", proto, {"problems": [proto]})]
+            checks += [Check(name, "not judged", "there is no graph") for name in NAMES[1:]]
+            return self._report(file, content, checks, [Diagnosis("corrupt-file", proto)])
+        interface = Interface(
+            self.input_shape, self.reference.output_shape, input_name, output_name, opset
+        )
+        chain = read_chain(proto)
+        pairs = [] if self.unknown else match(self.layers, chain.steps)
+        passes = Passes(content)
+        with np.errstate(all="ignore"):  # an overflow or a NaN is a finding
+            checks = [
+                _check_file(proto),
+                check_provenance(proto, provenance or {}, required=require_provenance),
+                self._structure(proto, chain, pairs, interface, folded),
+                self._weights(pairs),
+                check_reexport(self.fresh, chain, pairs),
+                check_probes(passes, self.reference),
+                check_invariance(passes, self.reference),
+                check_behaviour(passes, self.reference),
+            ]
+        named = {check.name: check for check in checks}
+        findings = Findings(proto, chain, pairs, interface, self._folds(), named)
+        errors = relative_errors(passes, self.reference)
+        return self._report(file, content, checks, diagnose(findings), errors)
+
+    def _structure(
+        self,
+        proto: onnx.ModelProto,
+        chain: Chain,
+        pairs: list[Pair],
+        interface: Interface,
+        folded: bool | None,
+    ) -> Check:
+        check = check_structure(proto, chain, pairs, interface, folded)
+        return check if check.status == "failed" else self._only_if_known(check)
+
+    def _weights(self, pairs: list[Pair]) -> Check:
+        return self._only_if_known(check_weights(pairs))
+
+    def _only_if_known(self, check: Check) -> Check:
+        if not self.unknown:
+            return check
+        return Check(check.name, "not judged", "; ".join(self.unknown), check.evidence)
+
+    def _folds(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return the exporter's own folded tensors by layer, empty where it cannot export."""
+        if self.unknown or "chains" not in vars(self.fresh):
+            return {}
+        pairs = match(self.layers, self.fresh.chains[True].steps)
+        return {
+            part.layer.name: part.step.tensors
+            for part in fused(pairs)
+            if part.batch_norm is not None
+        }
+
+    def _report(
+        self,
+        file: Path | str,
+        content: bytes,
+        checks: list[Check],
+        diagnoses: list[Diagnosis],
+        errors: Float64 | None = None,
+    ) -> ParityReport:
+        return ParityReport(
+            Path(file).as_posix(),
+            sha256(content).hexdigest(),
+            self.weights.as_posix(),
+            self.weights_sha256,
+            checks,
+            diagnoses,
+            errors,
+        )
+
+
+def check(
+    file: Path | str,
+    weights: Path | str,
+    *,
+    model: nn.Sequential | None = None,
+    inputs: Float32 | None = None,
+    labels: Labels | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    input_name: str | None = None,
+    output_name: str | None = None,
+    opset: int | None = None,
+    folded: bool | None = None,
+    provenance: Mapping[str, str] | None = None,
+    require_provenance: bool = False,
+) -> ParityReport:
+    """Tell whether an ONNX file computes what a checkpoint's network computes in eval mode.
+
+    Several files of one checkpoint are judged faster by one `Gate`.
+
+    Args:
+        file: the ONNX file.
+        weights: the checkpoint: safetensors, or a ``state_dict`` that torch.save wrote.
+        model: the network, an nn.Sequential of the layers in docs/parity.md; its own weights are
+            ignored. None where ``weights`` is a checkpoint of this project.
+        inputs: real inputs, float32 ``[n, ...]``; None to judge by synthetic ones alone.
+        labels: their classes, integers ``[n]``.
+        input_shape: of one input, without the batch axis; by default that of ``inputs``, or of a
+            first Linear.
+        input_name: of the graph; None for any.
+        output_name: of the graph; None for any.
+        opset: of ONNX's own operators; None for any from 9.
+        folded: whether every batch norm must be folded into the layer before it, or kept; None
+            where either will do.
+        provenance: what the file's metadata must say; a key that says otherwise fails.
+        require_provenance: whether all of it must be there, and nothing else.
+
+    Raises:
+        UserError: The checkpoint cannot be judged by: unreadable, or not the model's; or a file
+            is missing. A bad ONNX file is a finding.
+    """
+    gate = Gate(weights, model=model, inputs=inputs, labels=labels, input_shape=input_shape)
+    return gate.check(
+        file,
+        input_name=input_name,
+        output_name=output_name,
+        opset=opset,
+        folded=folded,
+        provenance=provenance,
+        require_provenance=require_provenance,
+    )
+
+
+def _check_file(proto: onnx.ModelProto) -> Check:
+    evidence = {"producer": f"{proto.producer_name} {proto.producer_version}".strip()}
+    return verdict("file", file_problems(proto), "one valid ONNX file", evidence)
+
+
+def _read(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; run `dvc repro export`"
-        ) from None
-    file_hash = sha256(content).hexdigest()
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _network(weights: Path, model: nn.Sequential | None) -> nn.Sequential:
+    if model is None:
+        from mnist_batchnorm.model import load_checkpoint
+
+        return load_checkpoint(weights).model()
+    state = _state(weights)
+    floats = {name: t for name, t in state.items() if t.is_floating_point()}
+    if wrong := [name for name, t in floats.items() if t.dtype != torch.float32]:
+        raise UserError(f"{weights} holds {', '.join(wrong)} in another type than float32")
+    network = copy.deepcopy(model).cpu()
     try:
-        proto = onnx.load_from_string(content)
-    except DecodeError as error:
-        damaged = Check("file", False, f"not an ONNX file, or only a part of one: {error}")
-        return GraphReport(file_hash, [damaged])
-    if parts := undecodable(proto):
-        damaged = Check("file", False, f"text that is not UTF-8 in {', '.join(parts)}")
-        return GraphReport(file_hash, [damaged])
-    outputs, errors = check_outputs(content, reference, batch_sizes, limit)
-    checks = [
-        check_provenance(proto, weights, checkpoint),
-        *_check_content(proto, checkpoint, folded),
-        outputs,
-    ]
-    return GraphReport(file_hash, checks, errors)
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{weights} does not fit the model: {one_line(error)}") from None
+    return network.eval()
 
 
-def _check_content(proto: onnx.ModelProto, checkpoint: Checkpoint, folded: bool) -> list[Check]:
-    if problems := file_problems(proto):
-        return [
-            verdict("structure", problems, "", {}),
-            Check("weights", False, "not compared: not a valid ONNX file on its own"),
-        ]
-    return [
-        check_structure(proto, checkpoint.architecture, folded),
-        check_weights(proto, checkpoint, folded),
-    ]
+def _state(weights: Path) -> dict[str, Tensor]:
+    content = _read(weights)
+    if content.startswith((b"PK", b"\x80")):  # a zip or a pickle: what torch.save writes
+        try:
+            state: dict[str, Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - torch.load's errors share no other base
+            raise UserError(f"{weights} cannot be read: {one_line(error)}") from None
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"{weights} holds something else than a state_dict")
+        return state
+    try:
+        return load_safetensors(content)
+    except SafetensorError as error:
+        raise UserError(
+            f"{weights} is neither safetensors nor written by torch.save: {error}"
+        ) from None
+
+
+def _input_shape(model: nn.Sequential, inputs: Float32 | None) -> tuple[int, ...]:
+    if inputs is not None:
+        return inputs.shape[1:]
+    first = next((m for m in model.modules() if not isinstance(m, nn.Sequential)), None)
+    if not isinstance(first, nn.Linear):
+        raise UserError("say input_shape, the shape of one input: the first layer does not tell")
+    return (first.in_features,)
+
+
+def assert_parity(file: Path | str, weights: Path | str, **options: Any) -> ParityReport:
+    """Judge as `check` does, with its options; for people's own tests.
+
+    Raises:
+        AssertionError: No parity, or unproven; the message is the report's table.
+        UserError: As `check`.
+    """
+    report = check(file, weights, **options)
+    if not report.parity:
+        raise AssertionError("\n" + report.table())
+    return report

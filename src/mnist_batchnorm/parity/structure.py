@@ -1,56 +1,251 @@
-"""Is the graph the network's: interface, operators, attributes, and nothing else?"""
+"""Is the graph the network's: interface, operators in their order, every attribute?"""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+from torch import nn
 
-from mnist_batchnorm.model import Architecture
-from mnist_batchnorm.parity.report import Check, one_line, verdict
+from mnist_batchnorm.parity.graph import Chain, Step
+from mnist_batchnorm.parity.layers import Layer
+from mnist_batchnorm.parity.report import Check, verdict
 
-GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-# What an absent attribute means: https://onnx.ai/onnx/operators/
-DEFAULTS = {
-    "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
-    "BatchNormalization": {"epsilon": 1e-5, "training_mode": 0},
-    "Relu": {},
+OPERATORS = {
+    nn.Linear: "Linear",
+    nn.Conv2d: "Conv",
+    nn.BatchNorm1d: "BatchNormalization",
+    nn.BatchNorm2d: "BatchNormalization",
+    nn.ReLU: "Relu",
+    nn.ReLU6: "Clip",
+    nn.LeakyReLU: "LeakyRelu",
+    nn.PReLU: "PRelu",
+    nn.MaxPool2d: "MaxPool",
+    nn.AvgPool2d: "AveragePool",
+    nn.AdaptiveAvgPool2d: "GlobalAveragePool",
+    nn.Flatten: "Flatten",
 }
-IGNORED = {"momentum"}  # of BatchNormalization: it has no effect outside training mode
+OLDEST_OPSET = 9  # before it, batch norm normalized by the batch unless told otherwise
 
 
-def check_structure(proto: onnx.ModelProto, network: Architecture, folded: bool) -> Check:
+@dataclass(frozen=True)
+class Interface:
+    """What a caller of the ONNX file relies on.
+
+    Attributes:
+        input_shape: of one input, without the batch axis.
+        output_shape: of one output.
+        input_name: None for any.
+        output_name: None for any.
+        opset: of ONNX's own operators; None for any from `OLDEST_OPSET`.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    input_name: str | None = None
+    output_name: str | None = None
+    opset: int | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer and the step that computes it.
+
+    Attributes:
+        layer: None when the graph has a step too many.
+        step: None when the graph lacks the layer.
+        folded: batch norm that the graph lacks, right after the Linear or Conv2d that may hold it.
+    """
+
+    layer: Layer | None
+    step: Step | None
+    folded: bool = False
+
+
+def check_structure(
+    proto: onnx.ModelProto,
+    chain: Chain,
+    pairs: list[Pair],
+    interface: Interface,
+    folded: bool | None,
+) -> Check:
     """Compare the graph with the network.
 
     Args:
-        proto: the ONNX model; `file_problems` finds none.
-        network: what the checkpoint says it is.
-        folded: whether batch norm must be folded into the Gemm before, or must have been kept.
+        proto: the ONNX model.
+        chain: its operators, read.
+        pairs: them, matched with the network's layers.
+        interface: names, shapes and opset that its callers rely on.
+        folded: whether every batch norm must be folded into the layer before, or kept; None where
+            either will do.
     """
     problems = [
         *_extra_problems(proto),
-        *_interface_problems(proto, network),
-        *_operator_problems(proto, network, folded),
+        *_opset_problems(proto, interface.opset),
+        *_value_problems(
+            "input", list(proto.graph.input), interface.input_name, interface.input_shape
+        ),
+        *_value_problems(
+            "output", list(proto.graph.output), interface.output_name, interface.output_shape
+        ),
+        *_batch_problems(proto.graph, chain),
+        *chain.problems,
     ]
+    for pair in pairs:
+        problems += _pair_problems(pair, folded)
     evidence = {
-        "operators": [node.op_type for node in proto.graph.node],
+        "operators": chain.operators,
         "opset": {item.domain or "ai.onnx": item.version for item in proto.opset_import},
         "ir_version": proto.ir_version,
+        "folded": [p.layer.name for p in pairs if p.layer and p.folded],
     }
     return verdict(
         "structure", problems, "the graph is the network's, operator for operator", evidence
     )
 
 
-def file_problems(proto: onnx.ModelProto) -> list[str]:
-    """Tell what keeps a model from being valid ONNX in one file, which all else builds on."""
-    external = [t.name for t in proto.graph.initializer if t.data_location == t.EXTERNAL]
-    if external:
-        return [f"weights outside the file: {', '.join(external)}"]
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:  # noqa: BLE001 - its errors share no other base
-        return [f"onnx.checker refuses it: {one_line(error)}"]
-    return []
+def match(layers: list[Layer], steps: list[Step]) -> list[Pair]:
+    """Match layers with steps so that as few as possible are missing, additional or replaced.
+
+    The cheapest alignment of two sequences (Needleman & Wunsch 1970). A batch norm that is missing
+    right after a Linear or Conv2d costs next to nothing: it may have been folded.
+    """
+    rows, columns = len(layers) + 1, len(steps) + 1
+    cost = np.full((rows, columns), np.inf)
+    cost[0, 0] = 0
+    came: dict[tuple[int, int], tuple[int, int]] = {}
+    for i in range(rows):
+        for j in range(columns):
+            for di, dj, price in (
+                (1, 1, _replacing(layers[i - 1], steps[j - 1]) if i and j else np.inf),
+                (1, 0, _missing(layers, i - 1) if i else np.inf),
+                (0, 1, 1.0 if j else np.inf),
+            ):
+                if price < np.inf and cost[i - di, j - dj] + price < cost[i, j]:
+                    cost[i, j] = cost[i - di, j - dj] + price
+                    came[i, j] = (di, dj)
+    pairs = []
+    i, j = rows - 1, columns - 1
+    while i or j:
+        di, dj = came[i, j]
+        layer = layers[i - 1] if di else None
+        step = steps[j - 1] if dj else None
+        pairs.append(Pair(layer, step, step is None and _may_fold(layers, i - 1)))
+        i, j = i - di, j - dj
+    return pairs[::-1]
+
+
+def _replacing(layer: Layer, step: Step) -> float:
+    if expected_step(layer.module)[0] == step.operator:
+        return 0.0
+    activations = {"Relu", "Clip", "LeakyRelu", "PRelu"}
+    return 1.5 if expected_step(layer.module)[0] in activations else 1.9
+
+
+def _missing(layers: list[Layer], index: int) -> float:
+    return 0.01 if _may_fold(layers, index) else 1.0
+
+
+def _may_fold(layers: list[Layer], index: int) -> bool:
+    return (
+        index > 0
+        and isinstance(layers[index].module, nn.BatchNorm1d | nn.BatchNorm2d)
+        and isinstance(layers[index - 1].module, nn.Linear | nn.Conv2d)
+    )
+
+
+def expected_step(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return the operator, with its attributes, that a layer becomes."""
+    operator = OPERATORS.get(type(module), type(module).__name__)
+    return operator, _expected_attributes(module)
+
+
+def _expected_attributes(module: nn.Module) -> dict[str, Any]:
+    attributes: dict[str, Any] = {}
+    match module:
+        case nn.Linear():
+            attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        case nn.Conv2d():
+            attributes = {
+                "auto_pad": "NOTSET",
+                "dilations": _two(module.dilation),
+                "group": module.groups,
+                "kernel_shape": _two(module.kernel_size),
+                "pads": _two(module.padding) * 2,
+                "strides": _two(module.stride),
+            }
+        case nn.BatchNorm1d() | nn.BatchNorm2d():
+            # ONNX's momentum weighs the old statistics, PyTorch's the new ones
+            momentum = 0.0 if module.momentum is None else 1 - module.momentum
+            attributes = {"epsilon": module.eps, "momentum": momentum, "training_mode": 0}
+        case nn.ReLU6():
+            attributes = {"min": 0.0, "max": 6.0}
+        case nn.LeakyReLU():
+            attributes = {"alpha": module.negative_slope}
+        case nn.MaxPool2d():
+            attributes = _pool(module) | {"dilations": _two(module.dilation), "storage_order": 0}
+        case nn.AvgPool2d():
+            padded = int(module.count_include_pad)
+            attributes = _pool(module) | {"count_include_pad": padded, "dilations": [1, 1]}
+    return attributes
+
+
+def _pool(module: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
+    return {
+        "auto_pad": "NOTSET",
+        "ceil_mode": int(module.ceil_mode),
+        "kernel_shape": _two(module.kernel_size),
+        "pads": _two(module.padding) * 2,
+        "strides": _two(module.stride),
+    }
+
+
+def _two(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _pair_problems(pair: Pair, folded: bool | None) -> list[str]:
+    layer, step = pair.layer, pair.step
+    if layer is None:
+        assert step is not None
+        return [f"{step.where} is additional: the network has no {step.operator} there"]
+    operator, attributes = expected_step(layer.module)
+    problems = []
+    if step is None:
+        if not pair.folded:
+            problems = [f"{layer.name} ({operator}) is missing"]
+        elif folded is False:
+            problems = [f"{layer.name} is not kept as {operator}"]
+    elif step.operator != operator:
+        problems = [f"{step.where} stands where {layer.name} ({operator}) belongs"]
+    elif folded is True and operator == "BatchNormalization":
+        problems = [f"{layer.name} is kept as {operator}, expected to be folded"]
+    else:
+        problems = _attribute_problems(layer, step, attributes)
+    return problems
+
+
+def _attribute_problems(layer: Layer, step: Step, expected: dict[str, Any]) -> list[str]:
+    given = dict(step.attributes)
+    features = given.pop("features", -1)
+    if features not in {-1, *layer.shape}:
+        return [f"{step.where} makes rows of {features} numbers, {layer.name} of {layer.shape}"]
+    return [
+        f"{step.where}: {key} is {_shown(given.get(key))}, {layer.name} has "
+        f"{_shown(expected.get(key))}"
+        for key in sorted(given.keys() | expected.keys())
+        if key not in given or key not in expected or not _same(given[key], expected[key])
+    ]
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _same(got: Any, expected: Any) -> bool:
+    if isinstance(expected, float) and isinstance(got, float | int):
+        return bool(np.float32(got) == np.float32(expected))  # attributes are stored as float32
+    return bool(got == expected)
 
 
 def _extra_problems(proto: onnx.ModelProto) -> list[str]:
@@ -61,126 +256,64 @@ def _extra_problems(proto: onnx.ModelProto) -> list[str]:
         "sparse_initializer": proto.graph.sparse_initializer,
         "quantization_annotation": proto.graph.quantization_annotation,
     }
-    problems = [f"holds {name}, which no check reads" for name, part in unread.items() if part]
+    return [f"holds {name}, which no check reads" for name, part in unread.items() if part]
+
+
+def _opset_problems(proto: onnx.ModelProto, opset: int | None) -> list[str]:
     domains = [item.domain or "ai.onnx" for item in proto.opset_import]
     if domains != ["ai.onnx"]:
-        problems.append(f"imports operators of {', '.join(domains)}, expected ai.onnx alone")
-    return problems
+        return [f"imports operators of {', '.join(domains) or 'nothing'}, expected ai.onnx alone"]
+    got, newest = proto.opset_import[0].version, onnx.defs.onnx_opset_version()
+    if opset is not None and got != opset:
+        return [f"opset is {got}, expected {opset}"]
+    known = OLDEST_OPSET <= got <= newest
+    return [] if known else [f"opset is {got}, expected {OLDEST_OPSET} to {newest}"]
 
 
-def _interface_problems(proto: onnx.ModelProto, network: Architecture) -> list[str]:
-    # an initializer that is an input as well could be overridden by whoever calls the model
-    graph = proto.graph
-    return [
-        *_value_problems("input", list(graph.input), "image", network.widths[0]),
-        *_value_problems("output", list(graph.output), "logits", network.widths[-1]),
-        *_batch_problems(graph),
-    ]
-
-
-def _batch_problems(graph: onnx.GraphProto) -> list[str]:
+def _value_problems(
+    kind: str, values: list[onnx.ValueInfoProto], name: str | None, shape: tuple[int, ...]
+) -> list[str]:
+    names = [value.name for value in values]
+    if len(names) != 1 or name not in {None, names[0]}:
+        return [f"{kind}s are {names}, expected {[name] if name else 'one'}"]
+    tensor = values[0].type.tensor_type
     problems = []
-    symbols = {_batch_axis(value) for value in (*graph.input, *graph.output)}
-    if len(symbols) > 1:
-        problems.append(
-            f"batch axes of input and output differ: {', '.join(sorted(map(str, symbols)))}"
-        )
-    computed = {name for node in graph.node for name in node.output}
-    for value in graph.value_info:
-        axis = _batch_axis(value)
-        if value.name in computed and isinstance(axis, int):
-            problems.append(f"batch axis of {value.name} is frozen at {axis}, expected symbolic")
+    if tensor.elem_type != onnx.TensorProto.FLOAT:
+        problems.append(f"{kind} {names[0]} is {type_name(tensor.elem_type)}, expected FLOAT")
+    dims = tensor.shape.dim
+    got = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
+    if len(dims) != len(shape) + 1 or tuple(got[1:]) != shape:
+        problems.append(f"{kind} {names[0]} has shape {got}, expected {['batch', *shape]}")
+    if got and isinstance(got[0], int):
+        problems.append(f"batch axis of {kind} {names[0]} is fixed at {got[0]}, expected symbolic")
     return problems
 
 
-def _batch_axis(value: onnx.ValueInfoProto) -> str | int | None:
+def _batch_problems(graph: onnx.GraphProto, chain: Chain) -> list[str]:
+    problems = []
+    ends = {value.name: value for value in (*graph.input, *graph.output)}
+    symbols = {axis for value in ends.values() if isinstance(axis := batch_axis(value), str)}
+    if len(symbols - {""}) > 1:
+        problems.append(f"batch axes have different names: {', '.join(sorted(symbols))}")
+    for value in graph.value_info:
+        axis = batch_axis(value)
+        if value.name in ends:
+            if value.type != ends[value.name].type:
+                problems.append(f"{value.name} is described twice, and differently")
+        elif value.name in chain.values and isinstance(axis, int):
+            problems.append(f"batch axis of {value.name} is fixed at {axis}, expected symbolic")
+    return problems
+
+
+def batch_axis(value: onnx.ValueInfoProto) -> int | str | None:
+    """Return the first axis of a value: its size, its symbol, or None where it has none."""
     dims = value.type.tensor_type.shape.dim
     if not dims:
         return None
     return int(dims[0].dim_value) if dims[0].HasField("dim_value") else str(dims[0].dim_param)
 
 
-def _value_problems(
-    kind: str, values: list[onnx.ValueInfoProto], name: str, width: int
-) -> list[str]:
-    if [value.name for value in values] != [name]:
-        return [f"{kind}s are {[value.name for value in values]}, expected ['{name}']"]
-    tensor = values[0].type.tensor_type
-    problems = []
-    if tensor.elem_type != onnx.TensorProto.FLOAT:
-        problems.append(f"{kind} {name} is {type_name(tensor.elem_type)}, expected FLOAT")
-    dims = tensor.shape.dim
-    if len(dims) != 2 or dims[1].dim_value != width:
-        shape = [d.dim_param or d.dim_value for d in dims]
-        problems.append(f"{kind} {name} has shape {shape}, expected ['batch', {width}]")
-    if len(dims) > 0 and not dims[0].dim_param:
-        fixed = dims[0].dim_value
-        problems.append(f"batch axis of {kind} {name} is frozen at {fixed}, expected symbolic")
-    return problems
-
-
-def _operator_problems(proto: onnx.ModelProto, network: Architecture, folded: bool) -> list[str]:
-    expected = expected_operators(network, folded)
-    got = [node.op_type for node in proto.graph.node]
-    if got != [operator for operator, _ in expected]:
-        names = [operator for operator, _ in expected]
-        return [f"operators are {' '.join(got)}, expected {' '.join(names)}"]
-    problems = []
-    value = "image"
-    for i, (node, (operator, attributes)) in enumerate(
-        zip(proto.graph.node, expected, strict=True)
-    ):
-        where = f"node {i} ({operator} {node.name})"
-        if not node.input or node.input[0] != value:
-            problems.append(f"{where} reads {list(node.input)[:1]}, expected ['{value}']")
-        if len(node.output) != 1:
-            problems.append(f"{where} has {len(node.output)} outputs, as in training mode")
-        value = next(iter(node.output), "")
-        problems += _attribute_problems(where, node, operator, attributes)
-    if value != "logits":
-        problems.append(f"the last node writes {value}, expected logits")
-    return problems
-
-
-def _attribute_problems(
-    where: str, node: onnx.NodeProto, operator: str, expected: dict[str, Any]
-) -> list[str]:
-    given = {a.name: _attribute_value(a) for a in node.attribute}
-    got = DEFAULTS[operator] | {key: given[key] for key in given if key not in IGNORED}
-    return [
-        f"{where}: {key} is {got.get(key)}, expected {expected.get(key)}"
-        for key in sorted(got.keys() | expected.keys())
-        if key not in got or key not in expected or not _same(got[key], expected[key])
-    ]
-
-
-def _attribute_value(attribute: onnx.AttributeProto) -> float | str:
-    if attribute.ref_attr_name:
-        return f"a reference to {attribute.ref_attr_name}"
-    if attribute.type == onnx.AttributeProto.FLOAT:
-        return float(attribute.f)
-    if attribute.type == onnx.AttributeProto.INT:
-        return int(attribute.i)
-    return f"of type {onnx.AttributeProto.AttributeType.Name(attribute.type)}"
-
-
-def _same(got: float | str, expected: float) -> bool:
-    # attributes are stored as float32
-    return not isinstance(got, str) and bool(np.float32(got) == np.float32(expected))
-
-
 def type_name(data_type: int) -> str:
     """Return what ONNX calls an element type; the number itself where it has no name."""
     names: dict[int, str] = {n: name for name, n in onnx.TensorProto.DataType.items()}
     return names.get(data_type, str(data_type))
-
-
-def expected_operators(network: Architecture, folded: bool) -> list[tuple[str, dict[str, Any]]]:
-    """List the operators, with attributes, that the network becomes."""
-    batch_norm = [("BatchNormalization", {"epsilon": network.bn_eps, "training_mode": 0})]
-    hidden: list[tuple[str, dict[str, Any]]] = [
-        ("Gemm", GEMM),
-        *(batch_norm if network.batch_norm and not folded else []),
-        ("Relu", {}),
-    ]
-    return [*hidden * (len(network.widths) - 2), ("Gemm", GEMM)]

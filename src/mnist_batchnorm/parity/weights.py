@@ -1,43 +1,100 @@
 """Are the numbers in the file the checkpoint's: bit for bit, or to roundoff where folded?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import numpy_helper
+from torch import nn
 
-from mnist_batchnorm.model import Checkpoint
+from mnist_batchnorm.parity.graph import Step
+from mnist_batchnorm.parity.layers import Layer
 from mnist_batchnorm.parity.report import Check, finite, verdict
-from mnist_batchnorm.parity.structure import expected_operators, type_name
+from mnist_batchnorm.parity.structure import Pair
 
 Array = npt.NDArray[Any]
 
 ROUNDOFF = 2.0**-24  # unit roundoff u of float32
 FOLD_LIMIT = 8  # in u of what `fold` adds up: an honest fold rounds a handful of times
-STATISTICS = ("weight", "bias", "running_mean", "running_var")  # inputs 1 to 4 of the node
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What one stored tensor must be.
+class Stored:
+    """One tensor of the file and what it must be.
 
     Attributes:
-        name: in the checkpoint.
-        tensor: name in the file, found through the node that reads it.
-        value: float32 when it must be equal bit for bit, float64 when it is the exact fold.
-        limit: how far each element may lie from ``value``; None for bit for bit.
+        name: in the checkpoint: ``linear1.weight``.
+        array: as the file has it; None when it has none.
+        exact: float32 of the checkpoint; float64 where it is the exact fold.
+        limit: how far each element may lie from ``exact``; None for bit for bit.
     """
 
     name: str
-    tensor: str
-    value: Array
+    array: Array | None
+    exact: Array
     limit: Array | None = None
 
+    @property
+    def readable(self) -> bool:
+        """Whether the file's tensor can be compared number by number."""
+        return (
+            self.array is not None
+            and self.array.dtype == np.float32
+            and self.array.shape == self.exact.shape
+        )
 
-def check_weights(proto: onnx.ModelProto, checkpoint: Checkpoint, folded: bool) -> Check:
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer with weights, the step that computes it, and the batch norm folded into it."""
+
+    layer: Layer
+    step: Step
+    batch_norm: Layer | None
+
+
+def fused(pairs: list[Pair]) -> list[Fused]:
+    """List the layers with weights that the file has, each with the batch norm it must hold."""
+    return [
+        Fused(pair.layer, pair.step, after.layer if after is not None and after.folded else None)
+        for pair, after in zip_longest(pairs, pairs[1:])
+        if pair.layer is not None
+        and pair.step is not None
+        and tensors_of(pair.layer)
+        and pair.step.tensors.keys() <= {"weight", "bias", "running_mean", "running_var"}
+    ]
+
+
+def tensors_of(layer: Layer) -> dict[str, Array]:
+    """Return a layer's parameters and running statistics as float32 arrays."""
+    return {
+        name: tensor.numpy()
+        for name, tensor in layer.module.state_dict().items()
+        if name != "num_batches_tracked"
+    }
+
+
+def stored_tensors(part: Fused) -> Iterator[Stored]:
+    """Pair each tensor of a step with what the checkpoint says it must be."""
+    prefix, own = part.layer.name, tensors_of(part.layer)
+    if part.batch_norm is None:
+        for name in sorted(own.keys() | part.step.tensors.keys()):
+            array = part.step.tensors.get(name)
+            exact = own.get(name)
+            if exact is None:  # a bias that the layer has not: it must add nothing
+                exact = np.zeros(part.layer.shape[:1], np.float32)
+            yield Stored(f"{prefix}.{name}", array, exact)
+        return
+    batch_norm = part.batch_norm.module
+    assert isinstance(batch_norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    folds = fold(own, affine(part.batch_norm), batch_norm.eps)
+    for name, (exact, limit) in zip(("weight", "bias"), folds, strict=True):
+        yield Stored(f"{prefix}.{name}", part.step.tensors.get(name), exact, limit)
+
+
+def check_weights(pairs: list[Pair]) -> Check:
     """Compare every stored number with the checkpoint.
 
     Where the graph keeps BatchNormalization, every weight, bias and running statistic must equal
@@ -46,126 +103,117 @@ def check_weights(proto: onnx.ModelProto, checkpoint: Checkpoint, folded: bool) 
     found through the nodes that read them, not by name: the exporter folds under the same names.
 
     Args:
-        proto: the ONNX model; `file_problems` finds none.
-        checkpoint: what it should hold.
-        folded: whether batch norm must be folded into the Gemm before, or must have been kept.
+        pairs: the network's layers and the file's steps.
     """
-    network = checkpoint.architecture
-    folded = folded and network.batch_norm
-    operators = [operator for operator, _ in expected_operators(network, folded)]
-    if [node.op_type for node in proto.graph.node] != operators:
-        return Check("weights", False, "cannot be matched: the operators are not the network's")
-
-    state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
-    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    expectations = list(_expectations(proto, state, network.bn_eps, folded))
-    problems: list[str] = []
+    stored = [tensor for part in fused(pairs) for tensor in stored_tensors(part)]
+    expected = [pair.layer for pair in pairs if pair.layer and tensors_of(pair.layer)]
+    problems = [
+        f"{layer.name} has no place in the file"
+        for layer in expected
+        if not any(pair.layer is layer and (pair.step or pair.folded) for pair in pairs)
+    ]
+    problems += [problem for layer in expected for problem in _impossible(layer)]
     worst: dict[str, Any] = {"fraction_of_limit": 0.0}
-    for expected in expectations:
-        if expected.tensor not in stored:
-            problems.append(f"{expected.name}: {expected.tensor!r} is not stored in the file")
-            continue
-        array = _read(stored[expected.tensor], expected.value.shape)
-        if isinstance(array, str):
-            problems.append(f"{expected.name} {array}")
-        elif expected.limit is None:
-            problems += _bit_problems(expected, array)
-        else:
-            evidence, problem = _fold_evidence(expected, array)
-            worst = max(worst, evidence, key=lambda e: e["fraction_of_limit"])
-            problems += problem
-    unused = sorted(stored.keys() - {expected.tensor for expected in expectations})
-    if unused:
-        problems.append(f"stored but not the network's: {', '.join(unused)}")
-    count = sum(expected.value.size for expected in expectations)
-    how = "within the rounding of the float64 fold" if folded else "equal, bit for bit"
+    for tensor in stored:
+        evidence, trouble = _judge(tensor)
+        problems += trouble
+        worst = max(worst, evidence, key=lambda e: e["fraction_of_limit"])
+    numbers = sum(tensor.exact.size for tensor in stored)
+    folded = sum(tensor.exact.size for tensor in stored if tensor.limit is not None)
+    how = [
+        f"{numbers - folded:,} numbers equal, bit for bit" * (folded < numbers),
+        f"{folded:,} within {worst['fraction_of_limit']:.2g} of the rounding that folding allows"
+        * (folded > 0),
+    ]
     return verdict(
         "weights",
         problems,
-        f"{count:,} numbers in {len(expectations)} tensors {how}",
-        {"numbers": count, "folded": folded} | ({"worst": worst} if folded else {}),
+        "; ".join(filter(None, how)) or "the network has no weights",
+        {"numbers": numbers, "folded_numbers": folded} | ({"worst": worst} if folded else {}),
     )
 
 
-def _read(tensor: onnx.TensorProto, shape: tuple[int, ...]) -> Array | str:
-    """Return the float32 array that a tensor holds, or what is wrong with it."""
-    if tensor.data_type != onnx.TensorProto.FLOAT or tuple(tensor.dims) != shape:
-        got = f"{type_name(tensor.data_type)} {tuple(tensor.dims)}"
-        return f"is {got}, expected FLOAT {shape}"
-    try:
-        array: Array = numpy_helper.to_array(tensor)
-    except ValueError as error:  # too few or too many bytes, or only a segment
-        return f"cannot be read: {error}"
-    return array
+def _impossible(layer: Layer) -> list[str]:
+    own = tensors_of(layer)
+    broken = [name for name, array in own.items() if not np.isfinite(array).all()]
+    if "running_var" in own and (own["running_var"] < 0).any():
+        broken.append("running_var")
+    return [f"the checkpoint's own {layer.name}.{name} is not possible" for name in broken]
 
 
-def _bit_problems(expected: Expected, array: Array) -> list[str]:
-    different = array.view(np.uint32) != expected.value.view(np.uint32)
-    if not different.any():
-        return []
-    gap = np.where(different, np.abs(array.astype(np.float64) - expected.value), -1)
-    at = np.unravel_index(np.argmax(gap), gap.shape)
-    return [
-        f"{expected.name}: {int(different.sum()):,} of {array.size:,} numbers differ, most at "
-        f"{[*map(int, at)]}: {array[at]:.9g}, the checkpoint has {expected.value[at]:.9g}"
-    ]
-
-
-def _fold_evidence(expected: Expected, array: Array) -> tuple[dict[str, Any], list[str]]:
-    gap = finite(np.abs(array.astype(np.float64) - expected.value) / expected.limit)
-    at = np.unravel_index(np.argmax(gap), gap.shape)
+def _judge(tensor: Stored) -> tuple[dict[str, Any], list[str]]:
+    nothing = {"fraction_of_limit": 0.0}
+    if tensor.array is None:
+        if tensor.limit is None or np.any(np.abs(tensor.exact) > tensor.limit):
+            return nothing, [f"{tensor.name} is not in the file"]
+        return nothing, []
+    if not tensor.readable:
+        got = f"{tensor.array.dtype} {tensor.array.shape}"
+        return nothing, [f"{tensor.name} is {got}, expected float32 {tensor.exact.shape}"]
+    if tensor.limit is None:
+        return nothing, _bit_problems(tensor.name, tensor.array, tensor.exact)
+    gap = np.abs(tensor.array.astype(np.float64) - tensor.exact)
+    share = finite(np.divide(gap, tensor.limit, out=np.zeros_like(gap), where=gap > 0))
+    at = np.unravel_index(np.argmax(share), share.shape)
     where = [*map(int, at)]
-    evidence = {"fraction_of_limit": float(gap[at]), "tensor": expected.name, "index": where}
-    if gap[at] <= 1:
+    evidence = {"fraction_of_limit": float(share[at]), "tensor": tensor.name, "index": where}
+    if share[at] <= 1:
         return evidence, []
     return evidence, [
-        f"{expected.name}{where} is {array[at]:.9g}, the fold gives {expected.value[at]:.9g}: "
-        f"{gap[at]:.3g} times the allowed rounding ({int((gap > 1).sum()):,} numbers beyond it)"
+        f"{tensor.name}{where} is {tensor.array[at]:.9g}, the fold gives {tensor.exact[at]:.9g}: "
+        f"{share[at]:.3g} times the allowed rounding ({int((share > 1).sum()):,} numbers beyond it)"
     ]
 
 
-def _expectations(
-    proto: onnx.ModelProto, state: Mapping[str, Array], eps: float, folded: bool
-) -> Iterator[Expected]:
-    layer = 0
-    for node in proto.graph.node:
-        if node.op_type == "Gemm":
-            layer += 1
-            names = (f"linear{layer}.weight", f"linear{layer}.bias")
-            tensors = _padded(node.input[1:], 2)
-            if folded and f"bn{layer}.weight" in state:
-                folds = fold(state, layer, eps)
-                for name, tensor, (value, limit) in zip(names, tensors, folds, strict=True):
-                    yield Expected(name, tensor, value, limit)
-            else:
-                for name, tensor in zip(names, tensors, strict=True):
-                    yield Expected(name, tensor, state[name])
-        elif node.op_type == "BatchNormalization":
-            for key, tensor in zip(STATISTICS, _padded(node.input[1:], 4), strict=True):
-                yield Expected(f"bn{layer}.{key}", tensor, state[f"bn{layer}.{key}"])
+def _bit_problems(name: str, array: Array, exact: Array) -> list[str]:
+    different = bits(array) != bits(exact)
+    if not different.any():
+        return []
+    gap = np.where(different, np.abs(array.astype(np.float64) - exact), -1)
+    at = np.unravel_index(np.argmax(gap), gap.shape)
+    return [
+        f"{name}: {int(different.sum()):,} of {array.size:,} numbers differ, most at "
+        f"{[*map(int, at)]}: {array[at]:.9g}, the checkpoint has {exact[at]:.9g}"
+    ]
 
 
-def _padded(names: Sequence[str], length: int) -> list[str]:
-    return [*names, *[""] * length][:length]  # trailing optional inputs may be absent
+def bits(array: Array) -> npt.NDArray[np.uint32]:
+    """Return float32 numbers as the integers that hold them: -0.0 is not 0.0, NaN equals itself."""
+    return np.ascontiguousarray(array, np.float32).view(np.uint32)
 
 
-def fold(state: Mapping[str, Array], layer: int, eps: float) -> tuple[tuple[Array, Array], ...]:
-    """Fold batch norm into the linear layer before it, in float64.
+def affine(batch_norm: Layer) -> dict[str, Array]:
+    """Return batch norm's four tensors; without ``affine`` gamma is 1 and beta 0."""
+    own = tensors_of(batch_norm)
+    ones = np.ones_like(own["running_var"])
+    return {"weight": ones, "bias": 0 * ones} | own
+
+
+def fold(
+    linear: Mapping[str, Array], batch_norm: Mapping[str, Array], eps: float
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Fold batch norm into the linear layer or convolution before it, in float64.
 
     With s = gamma / sqrt(var + eps): W' = s W and b' = s (b - mean) + beta (Jacob et al. 2018,
     "Quantization and Training of Neural Networks ...", section 3.2).
+
+    Args:
+        linear: ``weight`` float32 ``[out, ...]`` and, unless it has none, ``bias`` ``[out]``.
+        batch_norm: `affine`, float32 ``[out]`` each.
+        eps: added to the variance.
 
     Returns:
         ``(W', limit), (b', limit)``: float64, and how far a float32 fold may honestly lie from
         each: 8 u |W'| and 8 u (|s| (|b| + |mean|) + |beta|), sums that cannot cancel.
     """
     gamma, beta, mean, variance = (
-        state[f"bn{layer}.{key}"].astype(np.float64) for key in STATISTICS
+        batch_norm[name].astype(np.float64)
+        for name in ("weight", "bias", "running_mean", "running_var")
     )
-    weight = state[f"linear{layer}.weight"].astype(np.float64)
-    bias = state[f"linear{layer}.bias"].astype(np.float64)
+    weight = linear["weight"].astype(np.float64)
+    bias = linear.get("bias", np.zeros_like(mean)).astype(np.float64)
     scale = gamma / np.sqrt(variance + eps)
-    folded_weight = scale[:, None] * weight
+    folded_weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
     folded_bias = scale * (bias - mean) + beta
     bias_size = np.abs(scale) * (np.abs(bias) + np.abs(mean)) + np.abs(beta)
     tiny = float(np.finfo(np.float32).smallest_subnormal)  # spacing of the numbers near zero

@@ -1,0 +1,93 @@
+"""Does the file decide as the network does, and as well?"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_batchnorm.parity.bounds import ALARM
+from mnist_batchnorm.parity.reference import REAL, Family, Reference
+from mnist_batchnorm.parity.report import Check, verdict
+from mnist_batchnorm.parity.runtime import Passes, RuntimeFailedError
+
+SYNTHETIC = ("normal", "uniform")
+
+Classes = npt.NDArray[np.intp]
+
+
+@np.errstate(all="ignore")  # an overflow or a NaN is a finding
+def check_behaviour(passes: Passes, reference: Reference) -> Check:
+    """Compare the class of every real input with float64's, and the accuracies.
+
+    A class may differ only where float64's two best outputs lie so close that rounding decides.
+    Without real inputs the normal and uniform ones are compared.
+
+    Args:
+        passes: of the file.
+        reference: what it should compute.
+    """
+    names = [REAL] if REAL in reference.families else SYNTHETIC
+    families = [reference.families[name] for name in names]
+    count = sum(len(family.inputs) for family in families)
+    kind = " and ".join(names)
+    try:
+        got = [reference.rows(passes.run(family.name, family.inputs)) for family in families]
+    except RuntimeFailedError as error:
+        return verdict("behaviour", [str(error)], "", {"kind": kind, "inputs": count})
+    file = np.concatenate([_classes(outputs) for outputs in got])
+    exact = np.concatenate([_classes(family.exact) for family in families])
+    pytorch = np.concatenate([_classes(family.pytorch) for family in families])
+    undecided = np.concatenate([_undecided(family) for family in families])
+    differ = np.flatnonzero((file != exact) & ~undecided)
+    accuracy = {
+        name: None if reference.labels is None else float((classes == reference.labels).mean())
+        for name, classes in {"onnxruntime": file, "pytorch": pytorch, "float64": exact}.items()
+    }
+    problems = []
+    if differ.size:
+        at = differ[0]
+        problems.append(
+            f"the class of {differ.size:,} of {count:,} {kind} inputs differs, first of input "
+            f"{at}: {file[at]}, float64 gives {exact[at]}"
+        )
+        if reference.labels is not None:
+            problems.append(
+                f"accuracy {accuracy['onnxruntime']:.4f}, PyTorch has {accuracy['pytorch']:.4f}"
+            )
+    evidence: dict[str, Any] = {
+        "kind": kind,
+        "inputs": count,
+        "differences": int(differ.size),
+        "undecided": int(undecided.sum()),
+        "accuracy": accuracy,
+    }
+    success = f"the class of all {count:,} {kind} inputs is float64's"
+    if undecided.any():
+        success += f", but for {undecided.sum():,} that rounding decides"
+    if reference.labels is not None:
+        success += (
+            f"; accuracy {accuracy['onnxruntime']:.4f}, PyTorch {accuracy['pytorch']:.4f}, "
+            f"float64 {accuracy['float64']:.4f}"
+        )
+    return verdict("behaviour", problems, success, evidence)
+
+
+def _classes(outputs: npt.NDArray[np.floating[Any]]) -> Classes:
+    """Return the largest output of each row, ``[n]``; -1 where one is NaN."""
+    classes: Classes = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
+    return classes
+
+
+def _undecided(family: Family) -> npt.NDArray[np.bool_]:
+    """Tell where two outputs are the largest up to rounding, ``[n]``.
+
+    Without an error model, where PyTorch's own float32 disagrees with float64.
+    """
+    rows, best = np.arange(len(family.exact)), family.exact.argmax(axis=1)
+    lowest = (family.exact - ALARM * family.sigma)[rows, best]
+    others = family.exact + ALARM * family.sigma
+    others[rows, best] = -np.inf
+    close: npt.NDArray[np.bool_] = lowest <= others.max(axis=1)
+    return np.where(
+        family.judged.all(axis=1), close, _classes(family.pytorch) != _classes(family.exact)
+    )

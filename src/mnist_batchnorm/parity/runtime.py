@@ -1,0 +1,153 @@
+"""ONNX Runtime on the CPU: quiet, with one kind of error, and no pass run twice."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from mnist_batchnorm.parity.report import one_line
+
+Float32 = npt.NDArray[np.float32]
+Level = Literal["disabled", "basic", "extended", "all"]
+
+LEVELS: Mapping[Level, ort.GraphOptimizationLevel] = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+FATAL = 4  # log severity: what goes wrong, the exceptions say
+BATCH_SIZE = 1000  # of a pass where nothing depends on it
+
+
+class RuntimeFailedError(Exception):
+    """ONNX Runtime cannot load or run a model; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that ONNX Runtime has loaded.
+
+    Attributes:
+        input: name of the one input that must be given.
+        output: name of the output that is read, the first of several.
+        metadata: the file's own ``metadata_props``.
+    """
+
+    input: str
+    output: str
+    metadata: dict[str, str]
+    _session: ort.InferenceSession = field(repr=False)
+
+    def run(self, batch: Float32) -> npt.NDArray[Any]:
+        """Run one batch, ``[n, ...]``.
+
+        Raises:
+            RuntimeFailedError: It fails, or gives something else than a tensor with a row for each
+                of the batch.
+        """
+        try:
+            (output,) = self._session.run([self.output], {self.input: batch})
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no other base
+            raise RuntimeFailedError(f"ONNX Runtime fails: {one_line(error)}") from None
+        if not isinstance(output, np.ndarray):
+            raise RuntimeFailedError(f"{self.output} is no tensor but a {type(output).__name__}")
+        if output.shape[:1] != (len(batch),):
+            raise RuntimeFailedError(
+                f"{self.output} has shape {output.shape} for a batch of {len(batch)}"
+            )
+        return output
+
+    def run_in_batches(self, inputs: Float32, batch_size: int) -> npt.NDArray[Any]:
+        """Run all inputs, ``batch_size`` at a time, the last batch what is left; joined.
+
+        Raises:
+            RuntimeFailedError: As `run`, or the batches' outputs do not fit each other.
+        """
+        starts = range(0, len(inputs), batch_size) or [0]  # no inputs: one empty batch
+        outputs = [self.run(inputs[start : start + batch_size]) for start in starts]
+        first = outputs[0]
+        for other in outputs:
+            if other.dtype != first.dtype or other.shape[1:] != first.shape[1:]:
+                raise RuntimeFailedError(
+                    f"{self.output} has rows of {first.dtype} {first.shape[1:]} and of "
+                    f"{other.dtype} {other.shape[1:]}"
+                )
+        return np.concatenate(outputs)
+
+
+def load(content: bytes, level: Level = "all", threads: int = 1) -> Session:
+    """Load an ONNX file on the CPU provider.
+
+    Args:
+        content: the file.
+        level: how far ONNX Runtime may rewrite the graph.
+        threads: that share the work of one operator.
+
+    Raises:
+        RuntimeFailedError: It is no model that runs here, or does not take exactly one input.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = FATAL
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        inputs = [node.name for node in session.get_inputs()]
+        outputs = [node.name for node in session.get_outputs()]
+        metadata = session.get_modelmeta().custom_metadata_map
+    except Exception as error:  # noqa: BLE001
+        raise RuntimeFailedError(f"ONNX Runtime cannot load it: {one_line(error)}") from None
+    if len(inputs) != 1 or not outputs:
+        raise RuntimeFailedError(
+            f"takes {len(inputs)} inputs ({', '.join(inputs)}) and gives {len(outputs)} outputs, "
+            "expected one input"
+        )
+    return Session(inputs[0], outputs[0], metadata, session)
+
+
+class Passes:
+    """What an ONNX file gives, run as the checks ask, each pass once.
+
+    Args:
+        content: the file.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._sessions: dict[tuple[Level, int], Session] = {}
+        self._outputs: dict[tuple[str, Level, int, int], npt.NDArray[Any]] = {}
+
+    def session(self, level: Level, threads: int = 1) -> Session:
+        """Load the file, once for each level and number of threads.
+
+        Raises:
+            RuntimeFailedError: As `load`.
+        """
+        key = (level, threads)
+        if key not in self._sessions:
+            self._sessions[key] = load(self._content, level, threads)
+        return self._sessions[key]
+
+    def run(
+        self,
+        name: str,
+        inputs: Float32,
+        level: Level = "all",
+        threads: int = 1,
+        batch_size: int = BATCH_SIZE,
+    ) -> npt.NDArray[Any]:
+        """Run inputs through the file, ``[n, ...]``; the ``name`` stands for them.
+
+        Raises:
+            RuntimeFailedError: As `session` and `Session.run_in_batches`.
+        """
+        key = (name, level, threads, batch_size)
+        if key not in self._outputs:
+            session = self.session(level, threads)
+            self._outputs[key] = session.run_in_batches(inputs, batch_size)
+        return self._outputs[key]
