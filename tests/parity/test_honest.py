@@ -1,0 +1,31 @@
+"""No honest export is stopped, whoever wrote it and however the weights are conditioned."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity.conftest import GetCase, judge_file
+from tests.parity.honest import HONEST, make_honest
+
+# initial weights x 4 saturate layers and lose digits: where a tolerance from habit cries wolf
+GRID = [("mlp", seed, gain) for seed in range(10) for gain in (1.0, 4.0)] + [
+    ("cnn", seed, gain) for seed in range(3) for gain in (1.0, 4.0)
+]
+FAST = {("mlp", 0, 1.0): HONEST.keys(), ("cnn", 0, 1.0): {"kept", "folded", "onnxsim_legacy"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "gain", "export"),
+    [
+        pytest.param(*case, export, marks=[] if export in FAST.get(case, ()) else pytest.mark.slow)
+        for case in GRID
+        for export in HONEST
+    ],
+)
+def test_not_stopped(
+    name: str, seed: int, gain: float, export: str, get_case: GetCase, tmp_path: Path
+) -> None:
+    case = get_case(name, seed, gain)
+    report = judge_file(make_honest(export, case, tmp_path), case, images=len(case.inputs))
+    assert report.verdict == "parity", report.table()
+    assert report.diagnoses == []
