@@ -89,7 +89,6 @@ def make_project(folder: Path) -> Project:
     }
     params["prepare"]["valid_size"] = 200
     params["train"]["epochs"] = 3
-    params["verify"]["batch_sizes"] = [1, 7, 500]
     yaml.dump(params, folder / "params.yaml")
     project = Project(folder)
     project.check("git", "init", "-q", "-b", "main")
@@ -155,10 +154,10 @@ def test_parity_report_is_about_these_files(project: Project) -> None:
     report = json.loads((project.folder / "reports/parity.json").read_text())
     assert report["parity"] is True
     hashes = project.hashes("models/*.onnx", "models/bn.safetensors")
-    assert report["checkpoint"]["sha256"] == hashes["models/bn.safetensors"]
     for name, graph in report["graphs"].items():
-        assert graph["sha256"] == hashes[f"models/{name}"]
-        assert graph["argmax_differences"] == 0
+        assert graph["onnx"]["sha256"] == hashes[f"models/{name}"]
+        assert graph["weights"]["sha256"] == hashes["models/bn.safetensors"]
+        assert graph["summary"]["argmax_differences"] == 0
 
 
 def test_mlflow_has_one_finished_run_per_network(project: Project) -> None:

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm import plots
-from mnist_batchnorm.results import LayerStatistics
+from mnist_batchnorm.results import Histogram, LayerStatistics
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -114,6 +115,55 @@ def test_arriving_is_drawn_from_the_statistics_and_leaving_from_scale_and_shift(
         other = {"bn1": replace(layer, **{field: getattr(layer, field) * 3})}
         differs = [arriving(other) != usual[0], leaving(other) != usual[1]]
         assert differs == [changed == 0, changed == 1]
+
+
+def bars(svg: str) -> dict[str, list[float]]:
+    """The heights of the filled, outlined shapes by their colour, in points."""
+    found: dict[str, list[float]] = {}
+    for path in ElementTree.fromstring(svg).iter(f"{SVG}path"):
+        style = re.match(r"fill: (#\w+); stroke: #ffffff", path.get("style", ""))
+        if style:
+            heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.attrib["d"])]
+            found.setdefault(style[1], []).append(max(heights) - min(heights))
+    return found
+
+
+EDGES = [i / 2 for i in range(17)]
+
+
+def test_histogram_has_a_bar_for_each_bin_with_images_and_another_for_the_beyond() -> None:
+    errors = Histogram(edges=EDGES, counts=[100, 0, 10, 1, *[0] * 12, 100])
+    svg = plots.error_histogram("bn.onnx", errors)
+    found = bars(svg)
+    assert found.keys() == {plots.BATCH_NORM, plots.ALARM}
+    hundred, ten, one = found[plots.BATCH_NORM]
+    assert hundred - ten == pytest.approx(ten - one, abs=1e-3)  # logarithmic
+    assert one > 3  # points: a single image is seen
+    assert found[plots.ALARM] == [pytest.approx(hundred)]
+    assert {"bn.onnx: 211 images", "alarm at 8", "100 beyond"} <= set(texts(svg))
+
+
+def test_histogram_says_that_nothing_is_beyond_the_alarm() -> None:
+    errors = Histogram(edges=EDGES, counts=[12_345, *[0] * 16])
+    svg = plots.error_histogram("bn-folded.onnx", errors)
+    assert bars(svg).keys() == {plots.BATCH_NORM}
+    assert {"bn-folded.onnx: 12,345 images", "none beyond"} <= set(texts(svg))
+    title = ElementTree.fromstring(svg).findtext(f"{SVG}title")
+    assert title == "bn-folded.onnx: largest error of each image, none beyond the alarm"
+
+
+def test_histogram_of_no_images_is_drawn() -> None:
+    svg = plots.error_histogram("bn.onnx", Histogram(edges=EDGES, counts=[0] * 17))
+    assert bars(svg) == {}
+    assert "bn.onnx: 0 images" in texts(svg)
+
+
+def test_histograms_of_as_many_images_share_their_scale() -> None:
+    def ticks(counts: list[int]) -> list[str]:
+        svg = plots.error_histogram("x", Histogram(edges=EDGES, counts=counts))
+        return [text for text in texts(svg) if re.fullmatch(r"[\d,]+", text)]
+
+    assert ticks([500, *[0] * 16]) == ticks([*[30] * 16, 20])
 
 
 def test_same_numbers_give_same_bytes_and_other_numbers_other_bytes() -> None:

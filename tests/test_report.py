@@ -23,7 +23,7 @@ from mnist_batchnorm import report as stage
 from mnist_batchnorm.dataset import load_split
 from mnist_batchnorm.evaluate import calibration_error
 from mnist_batchnorm.params import Params
-from mnist_batchnorm.parity import Check
+from mnist_batchnorm.parity import Check, Diagnosis
 from mnist_batchnorm.report import (
     confident_mistakes,
     paired_difference,
@@ -35,7 +35,7 @@ from mnist_batchnorm.report import (
 )
 from mnist_batchnorm.results import read_confusion, read_results
 from tests.conftest import ROOT, MnistBn
-from tests.finished import finish, write_parity
+from tests.finished import MEASURED, finish, write_parity
 
 LINKS = {"https://arxiv.org/abs/1502.03167", "https://arxiv.org/abs/1706.04599"}
 PICTURES = {
@@ -49,6 +49,8 @@ PICTURES = {
     "calibration",
     "statistics-arriving",
     "statistics-leaving",
+    "parity-bn",
+    "parity-bn-folded",
 }
 
 
@@ -184,7 +186,7 @@ def test_page_is_accessible(page: Page) -> None:
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert all(image["alt"] for image in page.all("img"))
     assert all(svg["role"] == "img" for svg in page.all("svg"))
-    assert tags["svg"] == 7
+    assert tags["svg"] == len(PICTURES - {"curves", "confusion-bn", "confusion-plain"})
     assert tags["title"] == 1 + tags["svg"]  # each picture is named
     assert all("scope" in header for header in page.all("th"))
     assert all("aria-label" in e for tag, e in page.elements if e.get("role") == "region")
@@ -195,17 +197,39 @@ def test_pictures_take_the_pages_colours(page: Page) -> None:
         e.get("style", "") for tag, e in page.elements if tag in {"path", "text", "use"}
     )
     assert set(re.findall(r"#[0-9a-f]{6}", styles)) == set()
-    assert {"var(--ink)", "var(--bn)", "var(--plain)"} <= set(re.findall(r"var\([^)]*\)", styles))
+    assert {"var(--ink)", "var(--bn)", "var(--plain)", "var(--bad)"} <= set(
+        re.findall(r"var\([^)]*\)", styles)
+    )
 
 
 def test_page_states_the_verdict_for_these_very_files(finished: Path, page: Page) -> None:
     parity = json.loads((finished / "reports/parity.json").read_text())
     verdict = page.text.index("✓ Parity proven")
     for graph in parity["graphs"].values():
-        assert 0 < page.text.index(graph["sha256"]) - verdict < 500
+        assert 0 < page.text.index(graph["onnx"]["sha256"]) - verdict < 500
         for check in graph["checks"]:
             assert check["detail"] in page.text
-    assert "NOT" not in page.text
+    for absent in ("NOT", "not judged", "failed", "ikely"):
+        assert absent not in page.text
+
+
+def test_page_states_how_large_the_errors_are(page: Page) -> None:
+    assert (
+        "Largest ONNX error 7.5e-07 of the largest logit; "
+        "in standard deviations of rounding: 3.04, alarm at 8" in page.text
+    )
+    for fact in (
+        "On 500 test images, at every optimization level",
+        "largest error, of the largest logit 7.5e-07",
+        "largest error, in standard deviations of rounding 3.04",
+        "alarm, in standard deviations of rounding 8",
+        "alarm, of the largest logit, median image 1.9e-06",
+        "images whose class no rounding can change (worst case) 499",
+        "images too close to call 1",
+        "predictions that differ from float64 0",
+        "accuracy, ONNX Runtime 84.00 % accuracy, PyTorch 84.00 % accuracy, float64 84.00 %",
+    ):
+        assert page.text.count(fact) == 2, fact
 
 
 def test_page_and_card_show_the_metrics(run: Path, page: Page) -> None:
@@ -218,7 +242,7 @@ def test_page_and_card_show_the_metrics(run: Path, page: Page) -> None:
             assert f"{metrics['calibration_error']:.4f}" in text
             for accuracy in per_class.values():
                 assert f"{100 * accuracy:.2f} %" in text
-    assert "verify.batch_sizes 1, 2, 7, 32, 1000, 10000" in page.text
+    assert "train.hidden 32, 32" in page.text
     assert "onnxruntime 1.32.0" in card
 
 
@@ -230,7 +254,10 @@ def troubled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """The report of a run by the lecture's protocol whose ONNX file failed, with hostile words."""
     folder = tmp_path_factory.mktemp("troubled") / "run"
     shutil.copytree(run, folder)
-    write_parity(folder, [Check("file", False, HOSTILE)])
+    shutil.rmtree(folder / "reports/plots")
+    checks = [Check("file", "failed", HOSTILE), Check("probes", "not judged", "there is no graph")]
+    likely = [Diagnosis("corrupt-file", HOSTILE), Diagnosis("opset", "opset 8")]
+    write_parity(folder, checks, likely, summary={})
     path = folder / "reports/metrics/data.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data | {"protocol": f"lecture: {HOSTILE}"}))
@@ -244,18 +271,60 @@ def test_failed_parity_is_shown(troubled: tuple[Path, Result]) -> None:
     assert result.exit_code == 0  # the report's own work is done
     assert "parity: NOT PROVEN" in result.output
     page = Page((reports / "index.html").read_text())
-    assert "✗ Parity NOT proven" in page.text
     assert "Parity proven" not in page.text
-    assert "not measured" in page.text
+    assert (
+        f"✗ Parity NOT proven These files must not ship: not every check was made and passed. "
+        f"bn.onnx , likely: {HOSTILE} bn.onnx, file : {HOSTILE} "
+        f"bn.onnx , not judged: probes bn.onnx" in page.text
+    )
+    assert f"bn.onnx: NO parity Likely: {HOSTILE} Likely: opset 8 On 500 test images" in page.text
+    assert f"file ✗ failed {HOSTILE} probes ? not judged there is no graph" in page.text
     card = (reports / "model_card.md").read_text()
     assert "**NOT PROVEN: do not ship these files**" in card
+    assert "\n| bn.onnx | probes | **not judged** | there is no graph |\n" in card
+    mistakes = [f"- Likely mistake in bn.onnx: {text}" for text in (plain_text(HOSTILE), "opset 8")]
+    assert "\n" + "\n".join(mistakes) + "\n\n| file | check |" in card
+
+
+def test_what_could_not_be_measured_is_said_and_not_drawn(troubled: tuple[Path, Result]) -> None:
+    reports, _ = troubled
+    page = Page((reports / "index.html").read_text())
+    assert "Largest ONNX error 7.5e-07" in page.text  # the other file's
+    for fact in (
+        "largest error, of the largest logit not measured",
+        "largest error, in standard deviations of rounding not measured",
+        "images whose class no rounding can change (worst case) not measured",
+        "accuracy, ONNX Runtime not measured accuracy, PyTorch not measured",
+    ):
+        assert page.text.count(fact) == 1, fact
+    drawn = {path.stem for path in (reports / "plots").iterdir()}
+    assert drawn == PICTURES - {"parity-bn"}
+
+
+def test_file_with_a_check_not_judged_is_unproven(finished: Path) -> None:
+    write_parity(finished, [Check("weights", "not judged", "layer 2 is a GroupNorm")])
+    report(read_results(), Path("reports"))
+    page = Page((finished / "reports/index.html").read_text())
+    assert "✗ Parity NOT proven" in page.text
+    assert "bn.onnx: unproven On 500 test images" in page.text
+    assert "bn-folded.onnx: parity On 500 test images" in page.text
+
+
+def test_error_that_is_no_number_is_said_in_words(finished: Path) -> None:
+    infinite = MEASURED | {"max_relative_error": 1e300, "worst_sigmas": 1e300}
+    write_parity(finished, [Check("probes", "failed", "NaN")], summary=infinite)
+    report(read_results(), Path("reports"))
+    page = Page((finished / "reports/index.html").read_text())
+    assert "Largest ONNX error not finite of the largest logit" in page.text
+    assert "in standard deviations of rounding not finite" in page.text
 
 
 def test_hostile_text_stays_text(troubled: tuple[Path, Result]) -> None:
     reports, _ = troubled
     page = Page((reports / "index.html").read_text())
     assert page.all("script") == []
-    assert page.text.count(HOSTILE) == 3  # the verdict, the check, the protocol
+    # in the verdict the likely mistake and the check, in the section again, and the protocol
+    assert page.text.count(HOSTILE) == 5
     card = (reports / "model_card.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith("| bn.onnx | file"))
     assert row == f"| bn.onnx | file | **FAILED** | {plain_text(HOSTILE)} |"

@@ -23,7 +23,7 @@ from mnist_batchnorm.results import (
     read_table,
 )
 from tests.conftest import ROOT
-from tests.finished import finish
+from tests.finished import MEASURED, finish
 
 MADE_BY = {
     "params.yaml": "dvc.yaml",  # not made by a stage: the message says where to run the command
@@ -214,24 +214,24 @@ def test_any_table_is_read_or_refused(scratch: Path, body: str) -> None:
     assert np.isfinite(np.concatenate(list(table.values()))).all()
 
 
-def parity(**changes: Any) -> dict[str, Any]:
-    """A minimal proven parity.json, with keys replaced."""
-    check = {"name": "outputs", "passed": True, "detail": "fine", "evidence": {}}
-    graph = {
-        "sha256": "0" * 64,
-        "parity": True,
-        "max_relative_error": 1e-7,
-        "limit": 5e-6,
-        "argmax_differences": 0,
-        "checks": [check],
-    }
-    file = {"path": "x", "sha256": "0" * 64}
-    proven = {"parity": True, "checkpoint": file, "data": file, "versions": {}, "accuracy": {}}
-    return proven | {"graphs": {"bn.onnx": graph}} | changes
-
-
-GRAPH = parity()["graphs"]["bn.onnx"]
-CHECK = GRAPH["checks"][0]
+FILE = {"path": "x", "sha256": "0" * 64}
+CHECK = {"name": "probes", "status": "passed", "detail": "fine", "evidence": {}}
+GRAPH = {
+    "onnx": FILE,
+    "weights": FILE,
+    "verdict": "parity",
+    "parity": True,
+    "summary": MEASURED,
+    "diagnoses": [],
+    "checks": [CHECK],
+}
+PROVEN = {
+    "schema": 1,
+    "parity": True,
+    "data": FILE | {"images": 500},
+    "versions": {},
+    "graphs": {"bn.onnx": GRAPH},
+}
 
 
 @pytest.mark.parametrize(
@@ -240,13 +240,52 @@ CHECK = GRAPH["checks"][0]
         {"parity": False},
         {"graphs": {}},
         {"graphs": {"bn.onnx": GRAPH | {"parity": False}}},
+        {"graphs": {"bn.onnx": GRAPH | {"verdict": "no parity"}}},
+        {"graphs": {"bn.onnx": GRAPH | {"verdict": "unproven"}}},
         {"graphs": {"bn.onnx": GRAPH | {"checks": []}}},
-        {"graphs": {"bn.onnx": GRAPH, "b": GRAPH | {"checks": [CHECK, CHECK | {"passed": False}]}}},
+        {"graphs": {"a": GRAPH, "b": GRAPH | {"checks": [CHECK, CHECK | {"status": "failed"}]}}},
+        {"graphs": {"a": GRAPH | {"checks": [CHECK | {"status": "not judged"}]}, "b": GRAPH}},
     ],
 )
 def test_anything_that_speaks_against_parity_unproves_it(contradiction: dict[str, Any]) -> None:
-    assert Parity.model_validate_json(json.dumps(parity())).proven
-    assert not Parity.model_validate_json(json.dumps(parity(**contradiction))).proven
+    assert Parity.model_validate(PROVEN).proven
+    assert not Parity.model_validate(PROVEN | contradiction).proven
+
+
+def histogram(edges: list[float], counts: list[int]) -> dict[str, Any]:
+    """A summary with this histogram."""
+    return MEASURED | {"histogram": {"edges": edges, "counts": counts}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"schema": 2}, "schema: Input should be 1"),
+        (
+            {"graphs": {"a": GRAPH | {"verdict": "fine"}}},
+            r"graphs\.a\.verdict: Input should be 'par",
+        ),
+        (
+            {"graphs": {"a": GRAPH | {"checks": [CHECK | {"status": "ok"}]}}},
+            r"graphs\.a\.checks\.0\.status: Input should be 'passed'",
+        ),
+        (
+            {"graphs": {"a": GRAPH | {"summary": histogram([0.0, 0.5], [1, 2, 3])}}},
+            r"histogram: Value error, 2 edges and 3 counts do not fit",
+        ),
+        (
+            {"graphs": {"a": GRAPH | {"summary": histogram([8.0], [500])}}},
+            r"histogram: Value error, 1 edges and 1 counts do not fit",
+        ),
+    ],
+)
+def test_verdict_of_another_kind_is_refused(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    path = tmp_path / "parity.json"
+    path.write_text(json.dumps(PROVEN | changes))
+    with pytest.raises(UserError, match=f"what `dvc repro verify` writes: .*{problem}"):
+        read_record(path, Parity, "verify")
 
 
 def test_lecture_protocol_says_what_valid_is(finished: Path) -> None:

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm.params import Params
+from mnist_batchnorm.parity import Check
 from mnist_batchnorm.results import read_confusion
 from mnist_batchnorm.runs import Origin, Runs, curve_points
 from tests import store
 from tests.conftest import MnistBn
-from tests.finished import finish
+from tests.finished import finish, write_parity
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
 
-PICTURES = ("curves", "confusion-bn", "confusion-plain")
+PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn-folded")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,9 @@ def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
         assert store.history(folder, run, "curves/train_loss") == curve
         common = ["index.html", "model_card.md", "plots/curves.svg"]
         own = [f"confusion/{variant}.csv", f"plots/confusion-{variant}.svg"]
-        parity = ["parity.json"] if variant == "bn" else []
+        parity = []
+        if variant == "bn":
+            parity = ["parity.json", "plots/parity-bn.svg", "plots/parity-bn-folded.svg"]
         assert artefacts(folder, run) == {
             name: (folder / "reports" / name).read_bytes() for name in [*common, *own, *parity]
         }
@@ -116,10 +119,23 @@ def test_parity_and_models_are_those_of_batch_norm(folder: Path, mnist_bn: Mnist
     mnist_bn("track")
     runs = runs_by_variant(folder)
     assert runs["bn"].data.tags["parity"] == "passed"
-    assert runs["bn"].data.metrics["parity_max_relative_error/bn.onnx"] == 7.5e-7
+    for name in ("bn.onnx", "bn-folded.onnx"):
+        assert runs["bn"].data.metrics[f"parity_max_relative_error/{name}"] == 7.5e-7
+        assert runs["bn"].data.metrics[f"parity_worst_sigmas/{name}"] == 3.04
     assert "parity" not in runs["plain"].data.tags
     assert not [name for name in runs["plain"].data.metrics if "parity" in name]
     assert {model.source_run_id for model in models(folder)} == {runs["bn"].info.run_id}
+
+
+def test_what_the_gate_could_not_measure_is_no_metric(folder: Path, mnist_bn: MnistBn) -> None:
+    write_parity(folder, [Check("file", "failed", "not an ONNX file")], summary={})
+    assert mnist_bn("track").status == 0
+    run = runs_by_variant(folder)["bn"]
+    assert run.data.tags["parity"] == "failed"
+    assert {name for name in run.data.metrics if "parity" in name} == {
+        "parity_max_relative_error/bn-folded.onnx",
+        "parity_worst_sigmas/bn-folded.onnx",
+    }
 
 
 def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: MnistBn) -> None:

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-    from mnist_batchnorm.results import LayerStatistics
+    from mnist_batchnorm.results import Histogram, LayerStatistics
 
 Floats = npt.NDArray[np.float64]
 Curves = Mapping[str, Mapping[str, Floats]]
@@ -25,6 +25,7 @@ Measure = Literal["loss", "accuracy"]
 
 SURFACE, INK, MUTED, RULE = "#ffffff", "#1f2328", "#59636e", "#d1d9e0"
 BATCH_NORM, PLAIN = "#0063a6", "#b34700"  # blue and vermilion: apart for every kind of colour sight
+ALARM = "#a40e26"
 ERRORS = "#8a2252"
 STRONGEST = 0.6  # share of ERRORS in the fullest cell: ink stays readable on it
 
@@ -220,15 +221,8 @@ def reliability_diagram(results: Mapping[str, Reliability]) -> str:
             lower.plot(100 * result.confidence, result.images, **style)
         upper.set(title="Calibration, test images", ylabel="right (%)", ylim=(0, 103))
         upper.legend(loc="lower right")
-        lower.set(
-            xlabel="confidence: probability of the predicted class (%)",
-            ylabel="images",
-            yscale="log",
-            xlim=(0, 103),
-        )
-        lower.yaxis.set_major_locator(LogLocator(numticks=9))
-        lower.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        lower.yaxis.set_minor_locator(NullLocator())
+        lower.set(xlabel="confidence: probability of the predicted class (%)", xlim=(0, 103))
+        _count_images(lower)
         return _svg(figure, "Reliability diagram: accuracy against confidence")
 
 
@@ -269,6 +263,63 @@ def _draw_units(
             axes.set(title=f"{name}: {title}", ylabel="mean ± sd")
         rows[-1].set_xlabel("units, by running mean")
         return _svg(figure, f"Batch norm, {title} at each unit: mean ± sd")
+
+
+def error_histogram(name: str, errors: "Histogram") -> str:
+    """Draw how many images have how large an error, and how far that is from the alarm.
+
+    Args:
+        name: the ONNX file.
+        errors: in standard deviations of the rounding error.
+    """
+    edges, counts = np.array(errors.edges), np.array(errors.counts)
+    alarm = errors.edges[-1]
+    widths = np.append(np.diff(edges), edges[-1] - edges[-2])
+    colours = np.append(np.full(len(counts) - 1, BATCH_NORM), ALARM)
+    images, held = int(counts.sum()), counts > 0
+    beyond = f"{counts[-1]:,} beyond" if counts[-1] else "none beyond"
+    low = 0.6  # of the logarithmic axis: a single image is a bar
+    with _style():
+        figure = Figure(figsize=(4.6, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar(
+            edges[held],
+            counts[held] - low,
+            widths[held],
+            low,
+            align="edge",
+            color=colours[held],
+            edgecolor=SURFACE,
+            linewidth=0.6,
+        )
+        axes.axvline(alarm, color=ALARM, linewidth=1.2, linestyle="--")
+        axes.annotate(
+            f"alarm at {alarm:g}\n{beyond}",
+            (alarm, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-6, -2),
+            textcoords="offset points",
+            color=ALARM,
+            ha="right",
+            va="top",
+        )
+        _count_images(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=False, axis="x")
+        axes.set(
+            title=f"{name}: {images:,} images",
+            xlim=(0, alarm + widths[-1]),
+            ylim=(low, 30 * max(images, 1)),  # as high for every file, with room for the label
+            xlabel="largest error, in standard deviations of rounding",
+        )
+        return _svg(figure, f"{name}: largest error of each image, {beyond} the alarm")
+
+
+def _count_images(axes: Axes) -> None:
+    axes.set(yscale="log", ylabel="images")
+    axes.yaxis.set_major_locator(LogLocator(numticks=9))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ def draw(results: Results) -> dict[str, str]:
     )
     pictures["statistics-arriving"] = plots.arriving_statistics(results.layers)
     pictures["statistics-leaving"] = plots.leaving_statistics(results.layers)
+    for name, graph in results.parity.graphs.items():
+        if graph.summary.histogram is not None:
+            pictures[f"parity-{name.removesuffix('.onnx')}"] = plots.error_histogram(
+                name, graph.summary.histogram
+            )
     return pictures
 
 
@@ -154,6 +159,7 @@ def inline(svg: str) -> str:
         plots.RULE: "rule",
         plots.BATCH_NORM: "bn",
         plots.PLAIN: "plain",
+        plots.ALARM: "bad",
     }
     for colour, variable in variables.items():
         svg = svg.replace(colour, f"var(--{variable})")
@@ -228,7 +234,7 @@ def per_class(results: Results) -> list[dict[str, Any]]:
 
 def shown_params(params: Params) -> dict[str, Any]:
     """Flatten the parameters that decide the results: ``train.lr`` -> 0.01."""
-    sections = params.model_dump(include={"prepare", "train", "evaluate", "export", "verify"})
+    sections = params.model_dump(include={"prepare", "train", "evaluate", "export"})
     return {
         f"{section}.{key}": ", ".join(map(str, value)) if isinstance(value, tuple) else value
         for section, values in sections.items()
@@ -240,11 +246,15 @@ def summarize(results: Results) -> dict[str, Any]:
     """Compute what the page and the card say, by the names that the templates use."""
     labels = results.test.labels
     right = {variant: n.predicted == labels for variant, n in results.networks.items()}
+    files = [graph.summary for graph in results.parity.graphs.values()]
     return {
         "results": results,
         "names": NAMES,
         "parity": results.parity,
         "proven": results.parity.proven,
+        "worst_error": largest(file.max_relative_error for file in files),
+        "worst_sigmas": largest(file.worst_sigmas for file in files),
+        "alarm": largest(file.alarm_sigmas for file in files),
         "difference": paired_difference(right["bn"], right["plain"]),
         "intervals": {
             variant: wilson_interval(r.sum(), len(labels)).tolist() for variant, r in right.items()
@@ -253,6 +263,11 @@ def summarize(results: Results) -> dict[str, Any]:
         "per_class": per_class(results),
         "params": shown_params(results.params),
     }
+
+
+def largest(figures: Iterable[float | None]) -> float | None:
+    """Return the largest of what was measured; None if nothing was."""
+    return max((figure for figure in figures if figure is not None), default=None)
 
 
 def render(results: Results, pictures: Mapping[str, str]) -> dict[str, str]:
@@ -265,7 +280,12 @@ def render(results: Results, pictures: Mapping[str, str]) -> dict[str, str]:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "plain_text": plain_text}
+    environment.filters |= {
+        "measured": measured,
+        "percent": percent,
+        "points": points,
+        "plain_text": plain_text,
+    }
     summary = summarize(results)
     page = environment.get_template("index.html.j2").render(
         summary,
@@ -274,6 +294,16 @@ def render(results: Results, pictures: Mapping[str, str]) -> dict[str, str]:
     )
     card = environment.get_template("model_card.md.j2").render(summary)
     return {"index.html": page, "model_card.md": card}
+
+
+def measured(figure: float | None, form: str) -> str:
+    """Write a figure of the gate's by a format such as ``.1e``, or that there is none.
+
+    For NaN and infinity, which JSON does not know, the gate writes 1e300.
+    """
+    if figure is None:
+        return "not measured"
+    return "not finite" if figure >= 1e300 else format(figure, form)
 
 
 def percent(share: float | None) -> str:

@@ -4,11 +4,11 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -60,8 +60,14 @@ class Check(Record):
     """One check of the parity gate."""
 
     name: str
-    passed: bool
+    status: Literal["passed", "failed", "not judged"]
     detail: str
+
+
+class Diagnosis(Record):
+    """A mistake that would explain what the gate found."""
+
+    text: str
 
 
 class JudgedFile(Record):
@@ -71,34 +77,84 @@ class JudgedFile(Record):
     sha256: str
 
 
-class GraphParity(Record):
-    """What the gate found about one ONNX file; None where it could not be measured."""
+class JudgedImages(JudgedFile):
+    """The split that the gate took its images from, and how many they are."""
 
-    sha256: str
-    parity: bool
+    images: int
+
+
+class Accuracy(Record):
+    """Share of right predictions of one file, and of the network that it should be."""
+
+    onnxruntime: float | None
+    pytorch: float | None
+    float64: float | None
+
+
+class Histogram(Record):
+    """Images by their largest error, in standard deviations of its rounding error.
+
+    Attributes:
+        edges: of the bins, ascending; the last is the alarm.
+        counts: images in each bin, and last those beyond the alarm.
+    """
+
+    edges: list[float]
+    counts: list[int]
+
+    @model_validator(mode="after")
+    def _one_count_more_than_bins(self) -> Self:
+        if not 2 <= len(self.edges) == len(self.counts):
+            raise ValueError(f"{len(self.edges)} edges and {len(self.counts)} counts do not fit")
+        return self
+
+
+class ParitySummary(Record):
+    """One ONNX file's errors on the images, as docs/parity.md says; None: not measured."""
+
     max_relative_error: float | None
-    limit: float | None
+    worst_sigmas: float | None
+    alarm_sigmas: float | None
+    tolerance: float | None
+    certified: int | None
     argmax_differences: int | None
+    undecided: int | None
+    accuracy: Accuracy | None
+    histogram: Histogram | None
+
+
+class GraphParity(Record):
+    """What the gate found about one ONNX file."""
+
+    onnx: JudgedFile
+    weights: JudgedFile
+    verdict: Literal["parity", "no parity", "unproven"]
+    parity: bool
+    summary: ParitySummary
+    diagnoses: list[Diagnosis]
     checks: list[Check]
+
+    @property
+    def proven(self) -> bool:
+        """Whether neither the verdict nor any check speaks against parity."""
+        passed = [check.status == "passed" for check in self.checks]
+        return self.parity and self.verdict == "parity" and bool(passed) and all(passed)
 
 
 class Parity(Record):
     """``reports/parity.json``."""
 
+    version: Literal[1] = Field(alias="schema")
     parity: bool
-    checkpoint: JudgedFile
-    data: JudgedFile
+    data: JudgedImages
     versions: dict[str, str]
-    accuracy: dict[str, float | None]
     graphs: dict[str, GraphParity]
 
     @property
     def proven(self) -> bool:
         """Whether nothing in the file, on any level, speaks against parity."""
         graphs = self.graphs.values()
-        checks = [check for graph in graphs for check in graph.checks]
-        verdicts = [self.parity, *(g.parity for g in graphs), *(c.passed for c in checks)]
-        return all(verdicts) and bool(graphs) and all(graph.checks for graph in graphs)
+        return self.parity and bool(graphs) and all(graph.proven for graph in graphs)
 
 
 @dataclass(frozen=True)
@@ -321,17 +377,15 @@ def read_parity() -> Parity:
     """
     path = REPORTS / "parity.json"
     parity = read_record(path, Parity, "verify")
-    judged = {
-        CHECKPOINT: ("train", parity.checkpoint.sha256),
-        TEST_SPLIT: ("prepare", parity.data.sha256),
-        **{MODELS / name: ("export", graph.sha256) for name, graph in parity.graphs.items()},
-    }
-    for file, (stage, sha256) in judged.items():
+    judged: list[tuple[Path, str, JudgedFile]] = [(TEST_SPLIT, "prepare", parity.data)]
+    for name, graph in parity.graphs.items():
+        judged += [(CHECKPOINT, "train", graph.weights), (MODELS / name, "export", graph.onnx)]
+    for file, stage, then in judged:
         if not file.is_file():
             raise UserError(f"no {file}; run `dvc repro {stage}` first")
-        if (actual := digest(file)) != sha256:
+        if (actual := digest(file)) != then.sha256:
             raise UserError(
-                f"{path} is about a {file} with SHA-256 {sha256[:12]}…, but the file is "
+                f"{path} is about a {file} with SHA-256 {then.sha256[:12]}…, but the file is "
                 f"{actual[:12]}…; run `dvc repro verify`"
             )
     return parity

@@ -17,7 +17,7 @@ from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, write_json
 from mnist_batchnorm.layout import MODELS, REPORTS, VARIANTS
 from mnist_batchnorm.params import load_params
-from mnist_batchnorm.results import Network, Results, read_results
+from mnist_batchnorm.results import Network, ParitySummary, Results, read_results
 from mnist_batchnorm.runs import (
     Origin,
     Point,
@@ -73,18 +73,15 @@ def gather(results: Results, variant: str) -> Outcome:
     pictures = sorted((REPORTS / "plots").glob("*.svg"))
     others = [f"-{other}" for other in VARIANTS if other != variant]
     reports = [
-        *(path for path in pictures if not path.stem.endswith(tuple(others))),
+        *(path for path in pictures if not any(other in path.stem for other in others)),
         REPORTS / f"confusion/{variant}.csv",
         REPORTS / "index.html",
         REPORTS / "model_card.md",
     ]
     if variant == "bn":
         graphs = results.parity.graphs
-        metrics |= {
-            f"parity_max_relative_error/{name}": graph.max_relative_error
-            for name, graph in graphs.items()
-            if graph.max_relative_error is not None
-        }
+        for name, graph in graphs.items():
+            metrics |= parity_measurements(name, graph.summary)
         tags["parity"] = "passed" if results.parity.proven else "failed"
         models = [MODELS / name for name in graphs]
         reports.append(REPORTS / "parity.json")
@@ -113,6 +110,15 @@ def measurements(network: Network) -> dict[str, float]:
             for digit, accuracy in network.per_class_accuracy.items()
         },
     }
+
+
+def parity_measurements(name: str, summary: ParitySummary) -> dict[str, float]:
+    """Name what the gate measured of an ONNX file as MLflow shows it."""
+    measured = {
+        f"parity_max_relative_error/{name}": summary.max_relative_error,
+        f"parity_worst_sigmas/{name}": summary.worst_sigmas,
+    }
+    return {key: value for key, value in measured.items() if value is not None}
 
 
 def network_curve(network: Network) -> list[Point]:
