@@ -103,7 +103,8 @@ def resolve_lock(upgrade: bool) -> None:
     """
     prepare_uv()
     report("resolving requirements.lock")
-    command = ["pip", "compile", PYPROJECT.name, "--group", "dev", "--output-file", LOCK.name]
+    command = ["pip", "compile", PYPROJECT.name, "--group", "dev", "--extra", "bench"]
+    command += ["--output-file", LOCK.name]
     command += ["--universal", "--python-version", "{}.{}".format(*MIN_PYTHON)]
     command += ["--generate-hashes", "--custom-compile-command", "make lock", "--quiet"]
     run_uv(command + ["--upgrade"] * upgrade)
