@@ -199,6 +199,18 @@ def test_layer_that_is_not_known_is_named(
         assert_parity(file, weights, model=model)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_batch_norm_without_gamma_and_beta(tmp_path: Path, fold: bool) -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False), nn.ReLU(), nn.Linear(8, 3)
+    )
+    model.train()(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)))
+    weights, file = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    save_file(model.eval().state_dict(), weights)
+    onnx.save(dynamo_export(model, np.zeros((2, 6), np.float32), fold=fold), file)
+    assert_parity(file, weights, model=model)
+
+
 def test_bad_file_of_an_unknown_network_is_still_stopped(
     foreign: tuple[nn.Sequential, Path], tmp_path: Path
 ) -> None:

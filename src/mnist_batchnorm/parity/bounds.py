@@ -161,7 +161,8 @@ def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> Signal
     gamma_k = roundings * ROUNDOFF / (1 - roundings * ROUNDOFF)
     largest = reach.flatten(1).amax(1).reshape(-1, *[1] * (size.dim() - 1))
     tiny = UNDERFLOW * (1 + gain) * roundings * (1 + largest + size + mean.abs())
-    lost = torch.where(torch.maximum(size, terms_size) > OVERFLOW, torch.inf, 0.0)
+    high = reduce(torch.maximum, (size, terms_size, gain * weight.abs().max()))
+    lost = torch.where(high > OVERFLOW, torch.inf, 0.0)
     return Signal(
         y,
         scale**2 * carried + ROUNDOFF**2 / 3 * rounded + tiny**2 + lost,

@@ -78,7 +78,9 @@ def tensors_of(layer: Layer) -> dict[str, Array]:
 
 def stored_tensors(part: Fused) -> Iterator[Stored]:
     """Pair each tensor of a step with what the checkpoint says it must be."""
-    prefix, own = part.layer.name, tensors_of(part.layer)
+    prefix, module = part.layer.name, part.layer.module
+    norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    own = affine(part.layer) if norm else tensors_of(part.layer)
     if part.batch_norm is None:
         for name in sorted(own.keys() | part.step.tensors.keys()):
             array = part.step.tensors.get(name)
