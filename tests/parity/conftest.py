@@ -1,7 +1,7 @@
 """The cases that the gate's tests share, each trained and exported once a session."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +44,23 @@ def few_passes() -> Iterator[None]:
 
 
 FEW = 64  # images
-GATES: dict[tuple[Path, int], Gate] = {}  # what one knows of a network costs it a second
+
+
+@lru_cache(maxsize=4)
+def gate_of(case: Case, images: int) -> Gate:
+    """Make a case's gate: what one knows of a network costs it a second, and 50 MB."""
+    inputs, labels = case.inputs[:images], case.labels[:images]
+    return Gate(case.weights, model=case.architecture, inputs=inputs, labels=labels)
 
 
 def judge_file(path: Path, case: Case, images: int = FEW, **options: Any) -> ParityReport:
     """Ask the gate whether a file is an honest export of a case."""
-    key = case.weights, images
-    if key not in GATES:
-        inputs, labels = case.inputs[:images], case.labels[:images]
-        GATES[key] = Gate(case.weights, model=case.architecture, inputs=inputs, labels=labels)
     given: dict[str, Any] = {
         "input_name": INPUT,
         "output_name": OUTPUT,
         "provenance": provenance(case.weights.read_bytes()),
     }
-    return GATES[key].check(path, **given | options)
+    return gate_of(case, images).check(path, **given | options)
 
 
 @pytest.fixture
