@@ -16,7 +16,7 @@ from mnist_batchnorm.parity.bounds import propagate
 from mnist_batchnorm.parity.exercise import Exercise, Side, search, unreachable
 from mnist_batchnorm.parity.layers import Layer
 from mnist_batchnorm.parity.report import finite
-from mnist_batchnorm.parity.runtime import Float32, RuntimeFailedError
+from mnist_batchnorm.parity.runtime import Float32, WrongOutputError
 from mnist_batchnorm.threads import one_thread
 
 Float64 = npt.NDArray[np.float64]
@@ -241,14 +241,14 @@ class Reference:
         """Return a file's output as float32 ``[n, outputs]``.
 
         Raises:
-            RuntimeFailedError: It has another type or shape than the network's.
+            WrongOutputError: It has another type or shape than the network's.
         """
         if output.dtype != np.float32 or output.shape[1:] != self.output_shape:
             got, expected = (
                 ", ".join(map(str, ("n", *shape)))
                 for shape in (output.shape[1:], self.output_shape)
             )
-            raise RuntimeFailedError(f"gives {output.dtype} [{got}], expected float32 [{expected}]")
+            raise WrongOutputError(f"gives {output.dtype} [{got}], expected float32 [{expected}]")
         return output.reshape(len(output), int(np.prod(self.output_shape)))
 
     def _pytorch(self, inputs: Float32) -> Float32:

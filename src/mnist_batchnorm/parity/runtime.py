@@ -27,6 +27,10 @@ class RuntimeFailedError(Exception):
     """ONNX Runtime cannot load or run a model; the message is one line."""
 
 
+class WrongOutputError(RuntimeFailedError):
+    """It runs, but what it gives is not of the expected kind."""
+
+
 @dataclass(frozen=True)
 class Session:
     """A model that ONNX Runtime has loaded.
@@ -46,17 +50,17 @@ class Session:
         """Run one batch, ``[n, ...]``.
 
         Raises:
-            RuntimeFailedError: It fails, or gives something else than a tensor with a row for each
-                of the batch.
+            RuntimeFailedError: It fails.
+            WrongOutputError: It gives something else than a tensor with a row for each input.
         """
         try:
             (output,) = self._session.run([self.output], {self.input: batch})
         except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no other base
             raise RuntimeFailedError(f"ONNX Runtime fails: {one_line(error)}") from None
         if not isinstance(output, np.ndarray):
-            raise RuntimeFailedError(f"{self.output} is no tensor but a {type(output).__name__}")
+            raise WrongOutputError(f"{self.output} is no tensor but a {type(output).__name__}")
         if output.shape[:1] != (len(batch),):
-            raise RuntimeFailedError(
+            raise WrongOutputError(
                 f"{self.output} has shape {output.shape} for a batch of {len(batch)}"
             )
         return output
@@ -65,14 +69,15 @@ class Session:
         """Run all inputs, ``batch_size`` at a time, the last batch what is left; joined.
 
         Raises:
-            RuntimeFailedError: As `run`, or the batches' outputs do not fit each other.
+            RuntimeFailedError: It fails.
+            WrongOutputError: As `run`, or the batches' outputs do not fit each other.
         """
         starts = range(0, len(inputs), batch_size) or [0]  # no inputs: one empty batch
         outputs = [self.run(inputs[start : start + batch_size]) for start in starts]
         first = outputs[0]
         for other in outputs:
             if other.dtype != first.dtype or other.shape[1:] != first.shape[1:]:
-                raise RuntimeFailedError(
+                raise WrongOutputError(
                     f"{self.output} has rows of {first.dtype} {first.shape[1:]} and of "
                     f"{other.dtype} {other.shape[1:]}"
                 )
