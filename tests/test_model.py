@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mnist_batchnorm.batchnorm import batch_norm_layers, require_frozen
 from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.frozen import batch_norm_layers, require_frozen
 from mnist_batchnorm.model import Architecture, Checkpoint, load_checkpoint, save_checkpoint
 
 LECTURE = (784, 32, 32, 10)

@@ -12,9 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mnist_batchnorm import train as stage
-from mnist_batchnorm.batchnorm import batch_norm_layers
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.frozen import batch_norm_layers
 from mnist_batchnorm.layout import VARIANTS
 from mnist_batchnorm.params import Params, TrainParams
 from mnist_batchnorm.train import (

@@ -15,9 +15,9 @@ import onnx
 import torch
 from torch import nn
 
-from mnist_batchnorm.batchnorm import require_frozen
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, write_bytes
+from mnist_batchnorm.frozen import require_frozen
 from mnist_batchnorm.layout import CHECKPOINT, GRAPHS, MODELS
 from mnist_batchnorm.model import Checkpoint, load_checkpoint
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mnist_batchnorm.batchnorm import statistics_untouched
 from mnist_batchnorm.dataset import CLASSES, SIDE, load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest, write_json, write_text
+from mnist_batchnorm.frozen import statistics_untouched
 from mnist_batchnorm.layout import MODELS, PREPARED, REPORTS, VARIANTS
 from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnist_batchnorm.batchnorm import (
+from mnist_batchnorm.errors import CheckFailedError
+from mnist_batchnorm.frozen import (
     batch_norm_layers,
     require_frozen,
     statistics,
     statistics_untouched,
 )
-from mnist_batchnorm.errors import CheckFailedError
 from mnist_batchnorm.model import Architecture
 
 

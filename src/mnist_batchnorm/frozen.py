@@ -1,4 +1,4 @@
-"""Running statistics: what every batch-norm layer must have before its model may ship."""
+"""Frozen statistics: what every batch-norm layer must have before its model may ship."""
 
 import contextlib
 from collections.abc import Iterator
