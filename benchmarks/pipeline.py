@@ -1,0 +1,286 @@
+"""Seconds of a `dvc repro`, cold and warm, and of each stage: start-up against work.
+
+    python benchmarks/pipeline.py              medians of three cold runs
+    python benchmarks/pipeline.py --repeats 1  a quick look
+
+Run after `dvc repro download`, from the repository root, on a machine that does nothing else. All
+happens in a clone of the last commit in a temporary folder, with data/raw copied into it and with
+a DVC cache and an MLflow store of its own: what is not committed is not measured, and nothing of
+the project is touched.
+
+Cold is `dvc repro --force` with that cache and store empty: every stage runs. Warm is a second
+`dvc repro`, which finds nothing to do. Packages are compiled to bytecode, and in the system's file
+cache, before the first run that counts.
+
+A stage's total is from the start of its command to its end; what is left of the cold run is DVC's.
+Start-up is a fresh Python's time to import every module that the stage's own process had asked for
+by its end, in the same order; work is the rest of the total. What a stage's further processes
+import counts as work, for it goes on beside it; a second table gives their start-up, alone on the
+machine. The work of `verify` is the gate's time for both ONNX files.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from mnist_batchnorm.layout import RAW
+
+PACKAGES = ("dvc", "mlflow", "torch", "onnx", "onnxruntime", "matplotlib")
+
+# Stands before the environment's `mnist-bn` on the PATH: notes how long each call takes.
+TIMER = """\
+#!{python} -IS
+import json, os, sys, time
+start = time.perf_counter()
+os.environ["BENCH_STAGE"] = " ".join(sys.argv[1:])
+status = os.spawnv(os.P_WAIT, {program!r}, [{program!r}, *sys.argv[1:]])
+seconds = time.perf_counter() - start
+with open({log!r}, "a") as stream:
+    print(json.dumps([os.environ["BENCH_STAGE"], seconds]), file=stream)
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
+# Found as `sitecustomize` by every Python of a stage, in the one run that does not count: notes
+# the modules it imports, one file a process, first the command. A module that is asked for is
+# noted when the next one is, if it is there by then: some are optional and missing, or only looked
+# for; and not every process comes to run what it has registered for its exit.
+LISTENER = """\
+import atexit, json, os, sys
+
+class Listener:
+    def __init__(self):
+        self.asked = []
+
+    def find_spec(self, name, path=None, target=None):
+        self.note()
+        self.asked.append(name)
+
+    def note(self):
+        there = [name for name in self.asked if name in sys.modules]
+        self.asked = [name for name in self.asked if name not in sys.modules]
+        write(*there)
+
+def write(*lines):
+    with open(os.path.join({folder!r}, str(os.getpid())), "a") as stream:
+        stream.writelines(line + "\\n" for line in lines)
+
+if "BENCH_STAGE" in os.environ:
+    write(json.dumps([os.environ["BENCH_STAGE"], sys.orig_argv]))
+    listener = Listener()
+    sys.meta_path.insert(0, listener)
+    atexit.register(listener.note)
+"""
+
+# Imports the modules in such a file; one may have failed halfway.
+IMPORTER = """\
+import contextlib, importlib, sys
+with open(sys.argv[1]) as stream:
+    command, *names = stream.read().splitlines()
+for name in names:
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
+"""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A Python process of a stage.
+
+    Attributes:
+        stage: the arguments of ``mnist-bn``.
+        command: the process's own command line.
+        modules: file of those that it asked for, in order.
+    """
+
+    stage: str
+    command: list[str]
+    modules: Path
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is the stage's own process, the one that DVC waits for."""
+        return Path(self.command[1]).name == "mnist-bn"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one cold run and a warm one after it."""
+
+    cold: float
+    warm: float
+    stages: dict[str, float]
+
+
+@dataclass
+class Scratch:
+    """A clone of the project's last commit, with everything that a run leaves behind inside.
+
+    Attributes:
+        root: of the project.
+        folder: a temporary one, empty at first.
+    """
+
+    root: Path
+    folder: Path
+    project: Path = field(init=False)
+    log: Path = field(init=False)
+    processes: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.project = self.folder / "project"
+        self.log = self.folder / "stages"
+        self.processes = self.folder / "processes"
+        scripts, listener = self.folder / "bin", self.folder / "listener"
+        for folder in (self.processes, scripts, listener):
+            folder.mkdir()
+        run(["git", "clone", "--quiet", str(self.root), str(self.project)], self.folder)
+        shutil.copytree(self.root / RAW, self.project / RAW)
+        program = str(Path(sys.executable).parent / "mnist-bn")
+        timer = scripts / "mnist-bn"
+        timer.write_text(TIMER.format(python=sys.executable, program=program, log=str(self.log)))
+        timer.chmod(0o755)
+        customize = listener / "sitecustomize.py"
+        customize.write_text(LISTENER.format(folder=str(self.processes)))
+
+    def environment(self, *python_path: str) -> dict[str, str]:
+        """Return the environment of a run: the clone's code, and no other store or cache."""
+        own = ("DVC_", "MLFLOW_", "MNIST_", "PYTHON")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+        path = [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return kept | {
+            "PATH": os.pathsep.join(path),
+            "PYTHONPATH": os.pathsep.join([*python_path, str(self.project / "src")]),
+            "DVC_SITE_CACHE_DIR": str(self.folder / "dvc"),
+        }
+
+    def clean(self) -> None:
+        """Bring the clone back to what it was before the first run, bytecode apart."""
+        run(["git", "checkout", "--quiet", "."], self.project)
+        keep = ("-e", RAW.as_posix(), "-e", "__pycache__")
+        run(["git", "clean", "-dffxq", *keep], self.project)
+        shutil.rmtree(self.folder / "dvc", ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+
+    def repro(self, *options: str, listen: bool = False) -> float:
+        """Run `dvc repro` and return the seconds it took."""
+        listener = [str(self.folder / "listener")] if listen else []
+        return run(["dvc", "repro", *options], self.project, self.environment(*listener))
+
+    def listen(self) -> list[Process]:
+        """Run every stage once, and return what its processes imported."""
+        self.clean()
+        self.repro("--force", listen=True)
+        found = []
+        for path in sorted(self.processes.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            stage, command = json.loads(path.read_text().partition("\n")[0])
+            found.append(Process(stage, command, path))
+        return found
+
+    def measure(self) -> Timing:
+        """Time a cold run and a warm one."""
+        self.clean()
+        cold = self.repro("--force")
+        stages = dict(json.loads(line) for line in self.log.read_text().splitlines())
+        return Timing(cold, self.repro(), stages)
+
+    def start_up(self, process: Process) -> float:
+        """Time a fresh Python that imports what the process did, and does nothing."""
+        command = [sys.executable, "-W", "ignore", "-c", IMPORTER, str(process.modules)]
+        return run(command, self.project, self.environment())
+
+
+def run(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> float:
+    """Run a command that must succeed, and return the seconds it took."""
+    start = time.perf_counter()
+    done = subprocess.run(  # noqa: S603
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return seconds
+
+
+def print_stages(timings: list[Timing], start_ups: Mapping[str, list[float]]) -> None:
+    """Print a row a stage, in the order they ran, then DVC's part and the whole."""
+    median = statistics.median
+    print("| stage | start-up s | work s | total s |\n|---|---|---|---|")
+    for stage in timings[0].stages:
+        start_up = median(start_ups[stage])
+        total = median(timing.stages[stage] for timing in timings)
+        print(f"| {stage} | {start_up:.2f} | {total - start_up:.2f} | {total:.2f} |")
+    dvc = median(timing.cold - sum(timing.stages.values()) for timing in timings)
+    print(f"| DVC itself | | | {dvc:.2f} |")
+    print(f"| **cold `dvc repro`** | | | **{median(t.cold for t in timings):.2f}** |")
+    print(f"| warm `dvc repro` | | | {median(t.warm for t in timings):.2f} |")
+
+
+def print_others(processes: list[Process], start_ups: Mapping[int, list[float]]) -> None:
+    """Print a row for each further process of a stage."""
+    print("\n| stage | further process | start-up s |\n|---|---|---|")
+    for number, seconds in start_ups.items():
+        process = processes[number]
+        command = shlex.join(process.command[1:])
+        shown = command if len(command) < 60 else command[:57] + "..."
+        print(f"| {process.stage} | `{shown}` | {statistics.median(seconds):.2f} |")
+
+
+def processor() -> str:
+    """Return the processor's name and how many cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        models = [value.strip() for key, _, value in fields if key.strip() == "model name"]
+        name = models[0] if models else name
+    return f"{name}, {cores} cores"
+
+
+def main() -> None:
+    """Parse the command line, run the pipeline, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="cold runs")
+    options = parser.parse_args()
+    timings: list[Timing] = []
+    stages: dict[str, list[float]] = defaultdict(list)
+    others: dict[int, list[float]] = defaultdict(list)
+    with TemporaryDirectory() as folder:
+        scratch = Scratch(Path.cwd(), Path(folder))
+        with tqdm(total=1 + options.repeats, unit="run") as bar:
+            processes = scratch.listen()
+            bar.update()
+            for _ in range(options.repeats):
+                timings.append(scratch.measure())
+                for number, process in enumerate(processes):
+                    seconds = scratch.start_up(process)
+                    if process.is_stage:
+                        stages[process.stage].append(seconds)
+                    else:
+                        others[number].append(seconds)
+                bar.update()
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    print(f"medians of {options.repeats}, {processor()}, {platform.system()}")
+    print(f"Python {platform.python_version()}, {versions}\n")
+    print_stages(timings, stages)
+    if others:
+        print_others(processes, others)
+
+
+if __name__ == "__main__":
+    main()
