@@ -217,6 +217,16 @@ def test_extreme_logits_give_metrics_that_json_can_hold() -> None:
     assert metrics["loss"] == pytest.approx(float(largest), rel=1e-6)
 
 
+OUTPUTS = ("reports/metrics/test-{}.json", "reports/confusion/{}.csv", "reports/predictions/{}.csv")
+
+
+def save_two(folder: Path, trained: Checkpoint) -> None:
+    """Save networks whose answers differ; what is in them does not matter here."""
+    save_checkpoint(folder / "bn.safetensors", trained)
+    state = trained.state | {"linear3.weight": -trained.state["linear3.weight"]}
+    save_checkpoint(folder / "plain.safetensors", replace(trained, state=state))
+
+
 def run(project: Path, mnist_bn: MnistBn) -> tuple[dict[str, Any], dict[Path, bytes]]:
     done = mnist_bn("evaluate", "bn")
     assert done.status == 0, done.err
@@ -234,11 +244,8 @@ def test_command_measures_the_test_images(
     shutil.copytree(prepared, project / "data/prepared")
     shutil.copytree(weights.parent, project / "models")
     metrics, files = run(project, mnist_bn)
-    assert {path.relative_to(project).as_posix() for path in files} == {
-        "reports/metrics/test-bn.json",
-        "reports/confusion/bn.csv",
-        "reports/predictions/bn.csv",
-    }
+    made = {path.relative_to(project).as_posix() for path in files}
+    assert made == {output.format("bn") for output in OUTPUTS}
     test = load_split(prepared / "test.safetensors")
     with torch.no_grad():
         predicted = trained.model()(torch.from_numpy(network_input(test.images))).argmax(dim=1)
@@ -247,28 +254,49 @@ def test_command_measures_the_test_images(
     assert run(project, mnist_bn) == (metrics, files)
 
 
-def test_command_refuses_a_network_that_gives_nan(
+def test_command_measures_both_as_it_measures_each(
     project: Path, prepared: Path, trained: Checkpoint, mnist_bn: MnistBn
 ) -> None:
     shutil.copytree(prepared, project / "data/prepared")
+    save_two(project / "models", trained)
+    both = mnist_bn("evaluate")
+    assert both.status == 0, both.err
+    files = {path: path.read_bytes() for path in project.glob("reports/**/*.*")}
+    assert {path.relative_to(project).as_posix() for path in files} == {
+        output.format(variant) for output in OUTPUTS for variant in ("bn", "plain")
+    }
+    assert len(set(files.values())) == len(files)
+    shutil.rmtree(project / "reports")
+    each = [mnist_bn("evaluate", variant) for variant in ("bn", "plain")]
+    assert both.out == "".join(done.out for done in each)
+    assert {path: path.read_bytes() for path in project.glob("reports/**/*.*")} == files
+
+
+@pytest.mark.parametrize("variants", [["plain"], []])
+def test_command_refuses_a_network_that_gives_nan(
+    project: Path, prepared: Path, trained: Checkpoint, mnist_bn: MnistBn, variants: list[str]
+) -> None:
+    shutil.copytree(prepared, project / "data/prepared")
+    save_checkpoint(project / "models/bn.safetensors", trained)
     state = trained.state | {"linear3.bias": torch.full((10,), torch.nan)}
-    save_checkpoint(project / "models/bn.safetensors", replace(trained, state=state))
-    done = mnist_bn("evaluate", "bn")
+    save_checkpoint(project / "models/plain.safetensors", replace(trained, state=state))
+    done = mnist_bn("evaluate", *variants)
     assert done.status == 1
-    assert "logits that are not finite" in done.err
+    assert "models/plain.safetensors gives logits that are not finite" in done.err
     assert not (project / "reports").exists()
 
 
 @pytest.mark.parametrize(
-    ("missing", "stage"), [("data/prepared/test", "prepare"), ("models/bn", "train")]
+    ("missing", "stage"),
+    [("data/prepared/test", "prepare"), ("models/bn", "train"), ("models/plain", "train")],
 )
 def test_command_without_its_inputs_says_what_to_run(
-    project: Path, prepared: Path, weights: Path, mnist_bn: MnistBn, missing: str, stage: str
+    project: Path, prepared: Path, trained: Checkpoint, mnist_bn: MnistBn, missing: str, stage: str
 ) -> None:
     shutil.copytree(prepared, project / "data/prepared")
-    shutil.copytree(weights.parent, project / "models")
+    save_two(project / "models", trained)
     (project / f"{missing}.safetensors").unlink()
-    done = mnist_bn("evaluate", "bn")
+    done = mnist_bn("evaluate")
     assert done.status == 2
     assert done.err == f"error: no {missing}.safetensors; run `dvc repro {stage}` first\n"
     assert not (project / "reports").exists()

@@ -15,7 +15,7 @@ COMMANDS = {
     "download": "Fetch the four MNIST files and verify their hashes.",
     "prepare": "Split the images into train, valid and test.",
     "train": "Train one network.",
-    "evaluate": "Measure one network on the test images.",
+    "evaluate": "Measure the networks on the test images.",
     "export": "Export the batch-norm network to ONNX in eval mode.",
     "verify": "Prove that ONNX Runtime computes what PyTorch computes.",
     "report": "Draw the plots and write the HTML report and the model card.",

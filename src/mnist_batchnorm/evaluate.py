@@ -1,4 +1,4 @@
-"""Stage evaluate: one network on the test images, held back until training has ended."""
+"""Stage evaluate: both networks on the test images, held back until training has ended."""
 
 import csv
 import io
@@ -119,22 +119,25 @@ def evaluate(
 
 
 @click.command()
-@click.argument("variant", type=click.Choice(VARIANTS))
-def command(variant: str) -> None:
-    """Measure one network on the test images."""
+@click.argument("variants", type=click.Choice(VARIANTS), nargs=-1)
+def command(variants: tuple[str, ...]) -> None:
+    """Measure the networks on the test images: those named, by default both."""
     from mnist_batchnorm.params import load_params
 
     params = load_params().evaluate
     split = load_split(TEST_SPLIT)
-    path = MODELS / f"{variant}.safetensors"
-    logits = network_logits(load_checkpoint(path).model(), split.images, params.batch_size)
-    if not np.isfinite(logits).all():
-        raise CheckFailedError(f"{path} gives logits that are not finite; train it again")
-    metrics, confusion, predictions = evaluate(logits, split, params.calibration_bins)
-    write_json(REPORTS / f"metrics/test-{variant}.json", metrics)
-    write_text(REPORTS / f"confusion/{variant}.csv", confusion)
-    write_text(REPORTS / f"predictions/{variant}.csv", predictions)
-    click.echo(
-        f"{variant}: test accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, "
-        f"calibration error {metrics['calibration_error']:.4f}"
-    )
+    measured = {}
+    for variant in variants or VARIANTS:
+        path = MODELS / f"{variant}.safetensors"
+        logits = network_logits(load_checkpoint(path).model(), split.images, params.batch_size)
+        if not np.isfinite(logits).all():
+            raise CheckFailedError(f"{path} gives logits that are not finite; train it again")
+        measured[variant] = evaluate(logits, split, params.calibration_bins)
+    for variant, (metrics, confusion, predictions) in measured.items():
+        write_json(REPORTS / f"metrics/test-{variant}.json", metrics)
+        write_text(REPORTS / f"confusion/{variant}.csv", confusion)
+        write_text(REPORTS / f"predictions/{variant}.csv", predictions)
+        click.echo(
+            f"{variant}: test accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, "
+            f"calibration error {metrics['calibration_error']:.4f}"
+        )
