@@ -130,7 +130,7 @@ def describe(splits: dict[str, Split], protocol: str) -> dict[str, Any]:
     # exact: sums of integers, divided once
     pixels = splits["train"].images
     total = int(pixels.sum(dtype=np.int64))
-    squares = int(np.square(pixels, dtype=np.int64).sum())
+    squares = int(np.square(pixels, dtype=np.uint16).sum(dtype=np.int64))  # 255**2 fits
     mean = total / pixels.size / 255
     deviation = (squares / pixels.size / 255**2 - mean**2) ** 0.5
     return {
