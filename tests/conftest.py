@@ -1,5 +1,6 @@
 """What tests of several modules share: the command line, and a slice of real MNIST made ready."""
 
+import gc
 import gzip
 import os
 import shutil
@@ -60,6 +61,7 @@ def mnist_bn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()
+        gc.enable()  # which a program that ends here needs no more
         assert isinstance(end.value.code, int)
         return Outcome(end.value.code, *capsys.readouterr())
 
