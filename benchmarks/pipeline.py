@@ -58,9 +58,10 @@ sys.exit(status if status >= 0 else 128 - status)
 # Found as `sitecustomize` by every Python of a stage, in the one run that does not count: notes
 # the modules it imports, one file a process, first the command. A module that is asked for is
 # noted when the next one is, if it is there by then: some are optional and missing, or only looked
-# for; and not every process comes to run what it has registered for its exit.
+# for; and not every process comes to run what it has registered for its exit. With each stands
+# whether the garbage collector was on, which slows large imports down.
 LISTENER = """\
-import atexit, json, os, sys
+import atexit, gc, json, os, sys
 
 class Listener:
     def __init__(self):
@@ -73,7 +74,7 @@ class Listener:
     def note(self):
         there = [name for name in self.asked if name in sys.modules]
         self.asked = [name for name in self.asked if name not in sys.modules]
-        write(*there)
+        write(*(f"{{name}} {{gc.isenabled()}}" for name in there))
 
 def write(*lines):
     with open(os.path.join({folder!r}, str(os.getpid())), "a") as stream:
@@ -88,10 +89,11 @@ if "BENCH_STAGE" in os.environ:
 
 # Imports the modules in such a file; one may have failed halfway.
 IMPORTER = """\
-import contextlib, importlib, sys
+import contextlib, gc, importlib, sys
 with open(sys.argv[1]) as stream:
-    command, *names = stream.read().splitlines()
-for name in names:
+    command, *modules = stream.read().splitlines()
+for name, collecting in map(str.split, modules):
+    gc.enable() if collecting == "True" else gc.disable()
     with contextlib.suppress(Exception):
         importlib.import_module(name)
 """
