@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import re
 import subprocess
@@ -13,6 +14,8 @@ from mnist_batchnorm.download import FILES
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.params import Params
 from tests.conftest import MnistBn
+from tests.finished import finish
+from tests.store import make_trainable, use_settings
 
 HEAVY = {"torch", "mlflow", "onnx", "onnxruntime", "matplotlib", "dvc", "pandas"}
 PER_NETWORK = ("train",)  # need to be told which
@@ -66,6 +69,43 @@ def test_download_and_prepare_import_nothing_heavy(
         assert f"mnist_batchnorm.{command}" in modules
         assert not modules & HEAVY
     assert (project / "data/prepared/train.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [("report", {"matplotlib"}), ("track", {"mlflow", "onnx"})],
+)
+def test_stages_about_results_do_without_torch(
+    project: Path,
+    prepared: Path,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    needed: set[str],
+) -> None:
+    use_settings(monkeypatch)
+    finish(project, prepared, params)
+    make_trainable(project)
+    (project / "reports/plots").mkdir()
+    for name in ("plots/curves.svg", "index.html", "model_card.md"):
+        (project / "reports" / name).write_text(name)
+    modules = imported(command)
+    assert needed <= modules
+    assert not modules & {"torch", "onnxscript", "torchvision"}
+
+
+def test_short_commands_run_without_garbage_collection(
+    monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn
+) -> None:
+    @click.command()
+    def command() -> None:
+        click.echo(gc.isenabled())
+
+    for name in ("prepare", "train"):
+        monkeypatch.setattr(f"mnist_batchnorm.{name}.command", command)
+    assert mnist_bn("prepare").out == "False\n"
+    assert gc.isenabled()
+    assert mnist_bn("train").out == "True\n"
 
 
 # --- help ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
@@ -336,5 +337,7 @@ def _svg(figure: Figure, title: str) -> str:
     with mpl.rc_context({"svg.hashsalt": title}):
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata={"Title": title, **nothing})
+        # savefig draws everything twice, the first time only to lay it out
+        canvas = FigureCanvasSVG(figure)
+        canvas.print_svg(text, metadata={"Title": title, **nothing})  # type: ignore[no-untyped-call]
     return text.getvalue()
