@@ -16,13 +16,15 @@ A stage's total is from the start of its command to its end; what is left of the
 Start-up is a fresh Python's time to import every module that the stage's own process had asked for
 by its end, in the same order; work is the rest of the total. What a stage's further processes
 import counts as work, for it goes on beside it; a second table gives their start-up, alone on the
-machine. The work of `verify` is the gate's time for both ONNX files.
+machine. The work of `verify` is the gate's time for both ONNX files. CPU seconds are those of all
+processes on all cores, and the figure to go by where the machine has other things to do.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shlex
 import shutil
 import statistics
@@ -30,11 +32,12 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -42,17 +45,18 @@ from mnist_batchnorm.layout import RAW
 
 PACKAGES = ("dvc", "mlflow", "torch", "onnx", "onnxruntime", "matplotlib")
 
-# Stands before the environment's `mnist-bn` on the PATH: notes how long each call takes.
+# Stands before the environment's `mnist-bn` on the PATH: notes what each call takes.
 TIMER = """\
 #!{python} -IS
 import json, os, sys, time
 start = time.perf_counter()
 os.environ["BENCH_STAGE"] = " ".join(sys.argv[1:])
-status = os.spawnv(os.P_WAIT, {program!r}, [{program!r}, *sys.argv[1:]])
-seconds = time.perf_counter() - start
+child = os.spawnv(os.P_NOWAIT, {program!r}, [{program!r}, *sys.argv[1:]])
+_, status, used = os.wait4(child, 0)
+cost = time.perf_counter() - start, used.ru_utime + used.ru_stime
 with open({log!r}, "a") as stream:
-    print(json.dumps([os.environ["BENCH_STAGE"], seconds]), file=stream)
-sys.exit(status if status >= 0 else 128 - status)
+    print(json.dumps([os.environ["BENCH_STAGE"], cost]), file=stream)
+sys.exit(os.waitstatus_to_exitcode(status) % 256)
 """
 
 # Found as `sitecustomize` by every Python of a stage, in the one run that does not count: notes
@@ -119,13 +123,20 @@ class Process:
         return Path(self.command[1]).name == "mnist-bn"
 
 
+class Cost(NamedTuple):
+    """What a command took: seconds that passed, and seconds of all its processes on the cores."""
+
+    wall: float
+    cpu: float
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one cold run and a warm one after it."""
+    """What one cold run took, each of its stages, and a warm run after it."""
 
-    cold: float
-    warm: float
-    stages: dict[str, float]
+    cold: Cost
+    warm: Cost
+    stages: dict[str, Cost]
 
 
 @dataclass
@@ -178,8 +189,8 @@ class Scratch:
         shutil.rmtree(self.folder / "dvc", ignore_errors=True)
         self.log.unlink(missing_ok=True)
 
-    def repro(self, *options: str, listen: bool = False) -> float:
-        """Run `dvc repro` and return the seconds it took."""
+    def repro(self, *options: str, listen: bool = False) -> Cost:
+        """Run `dvc repro` and return what it took."""
         listener = [str(self.folder / "listener")] if listen else []
         return run(["dvc", "repro", *options], self.project, self.environment(*listener))
 
@@ -197,49 +208,64 @@ class Scratch:
         """Time a cold run and a warm one."""
         self.clean()
         cold = self.repro("--force")
-        stages = dict(json.loads(line) for line in self.log.read_text().splitlines())
+        lines = map(json.loads, self.log.read_text().splitlines())
+        stages = {stage: Cost(*cost) for stage, cost in lines}
         return Timing(cold, self.repro(), stages)
 
-    def start_up(self, process: Process) -> float:
+    def start_up(self, process: Process) -> Cost:
         """Time a fresh Python that imports what the process did, and does nothing."""
         command = [sys.executable, "-W", "ignore", "-c", IMPORTER, str(process.modules)]
         return run(command, self.project, self.environment())
 
 
-def run(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> float:
-    """Run a command that must succeed, and return the seconds it took."""
-    start = time.perf_counter()
+def run(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> Cost:
+    """Run a command that must succeed, and return what it took."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(  # noqa: S603
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    seconds = time.perf_counter() - start
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return seconds
+    return Cost(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def print_stages(timings: list[Timing], start_ups: Mapping[str, list[float]]) -> None:
+def median(costs: Iterable[Cost]) -> Cost:
+    """Return the median of each of the two."""
+    return Cost(*map(statistics.median, zip(*costs, strict=True)))
+
+
+def dvc_itself(timing: Timing) -> Cost:
+    """Return what a cold run took beside its stages."""
+    stages = [sum(costs) for costs in zip(*timing.stages.values(), strict=True)]
+    return Cost(*(whole - part for whole, part in zip(timing.cold, stages, strict=True)))
+
+
+def print_stages(timings: list[Timing], start_ups: Mapping[str, list[Cost]]) -> None:
     """Print a row a stage, in the order they ran, then DVC's part and the whole."""
-    median = statistics.median
-    print("| stage | start-up s | work s | total s |\n|---|---|---|---|")
+    print("| stage | start-up s | work s | total s | CPU s |\n|---|---|---|---|---|")
     for stage in timings[0].stages:
-        start_up = median(start_ups[stage])
+        start_up = median(start_ups[stage]).wall
         total = median(timing.stages[stage] for timing in timings)
-        print(f"| {stage} | {start_up:.2f} | {total - start_up:.2f} | {total:.2f} |")
-    dvc = median(timing.cold - sum(timing.stages.values()) for timing in timings)
-    print(f"| DVC itself | | | {dvc:.2f} |")
-    print(f"| **cold `dvc repro`** | | | **{median(t.cold for t in timings):.2f}** |")
-    print(f"| warm `dvc repro` | | | {median(t.warm for t in timings):.2f} |")
+        figures = (start_up, total.wall - start_up, *total)
+        print(f"| {stage} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    rows = {
+        "DVC itself": median(map(dvc_itself, timings)),
+        "**cold `dvc repro`**": median(timing.cold for timing in timings),
+        "warm `dvc repro`": median(timing.warm for timing in timings),
+    }
+    for name, cost in rows.items():
+        print(f"| {name} | | | {cost.wall:.2f} | {cost.cpu:.2f} |")
 
 
-def print_others(processes: list[Process], start_ups: Mapping[int, list[float]]) -> None:
+def print_others(processes: list[Process], start_ups: Mapping[int, list[Cost]]) -> None:
     """Print a row for each further process of a stage."""
-    print("\n| stage | further process | start-up s |\n|---|---|---|")
-    for number, seconds in start_ups.items():
-        process = processes[number]
+    print("\n| stage | further process | start-up s | CPU s |\n|---|---|---|---|")
+    for number, costs in start_ups.items():
+        process, cost = processes[number], median(costs)
         command = shlex.join(process.command[1:])
         shown = command if len(command) < 60 else command[:57] + "..."
-        print(f"| {process.stage} | `{shown}` | {statistics.median(seconds):.2f} |")
+        print(f"| {process.stage} | `{shown}` | {cost.wall:.2f} | {cost.cpu:.2f} |")
 
 
 def processor() -> str:
@@ -260,8 +286,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="cold runs")
     options = parser.parse_args()
     timings: list[Timing] = []
-    stages: dict[str, list[float]] = defaultdict(list)
-    others: dict[int, list[float]] = defaultdict(list)
+    stages: dict[str, list[Cost]] = defaultdict(list)
+    others: dict[int, list[Cost]] = defaultdict(list)
     with TemporaryDirectory() as folder:
         scratch = Scratch(Path.cwd(), Path(folder))
         with tqdm(total=1 + options.repeats, unit="run") as bar:
@@ -270,11 +296,11 @@ def main() -> None:
             for _ in range(options.repeats):
                 timings.append(scratch.measure())
                 for number, process in enumerate(processes):
-                    seconds = scratch.start_up(process)
+                    cost = scratch.start_up(process)
                     if process.is_stage:
-                        stages[process.stage].append(seconds)
+                        stages[process.stage].append(cost)
                     else:
-                        others[number].append(seconds)
+                        others[number].append(cost)
                 bar.update()
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print(f"medians of {options.repeats}, {processor()}, {platform.system()}")
