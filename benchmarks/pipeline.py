@@ -243,19 +243,21 @@ def dvc_itself(timing: Timing) -> Cost:
 
 def print_stages(timings: list[Timing], start_ups: Mapping[str, list[Cost]]) -> None:
     """Print a row a stage, in the order they ran, then DVC's part and the whole."""
-    print("| stage | start-up s | work s | total s | CPU s |\n|---|---|---|---|---|")
+    print("| stage | start-up s | work s | total s | start-up CPU s | work CPU s | total CPU s |")
+    print("|---|---|---|---|---|---|---|")
     for stage in timings[0].stages:
-        start_up = median(start_ups[stage]).wall
+        start_up = median(start_ups[stage])
         total = median(timing.stages[stage] for timing in timings)
-        figures = (start_up, total.wall - start_up, *total)
-        print(f"| {stage} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+        pairs = zip(start_up, total, strict=True)
+        cells = [f"{part:.2f} | {whole - part:.2f} | {whole:.2f}" for part, whole in pairs]
+        print(f"| {stage} | {' | '.join(cells)} |")
     rows = {
         "DVC itself": median(map(dvc_itself, timings)),
         "**cold `dvc repro`**": median(timing.cold for timing in timings),
         "warm `dvc repro`": median(timing.warm for timing in timings),
     }
     for name, cost in rows.items():
-        print(f"| {name} | | | {cost.wall:.2f} | {cost.cpu:.2f} |")
+        print(f"| {name} | | | {cost.wall:.2f} | | | {cost.cpu:.2f} |")
 
 
 def print_others(processes: list[Process], start_ups: Mapping[int, list[Cost]]) -> None:
