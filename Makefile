@@ -13,7 +13,7 @@ ONLY_UI := MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
 CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
 OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx \
-	reports/confusion reports/parity reports/predictions
+	reports/confusion reports/parity reports/predictions .checkpoints
 
 .PHONY: help setup repro test ui lock clean
 
@@ -24,7 +24,7 @@ help: ## List the goals.
 setup: ## Make or update .venv from requirements.lock.
 	@$(PYTHON) scripts/setup_env.py
 
-repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, report.
+repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, report, track.
 	@$(IN_VENV) dvc repro
 	@echo
 	@echo 'Next:'

@@ -17,8 +17,8 @@ from jax import Array
 
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.fit import architecture
 from mnist_batchnorm.layout import PREPARED
-from mnist_batchnorm.train import architecture
 
 if TYPE_CHECKING:
     from benchmarks.training_contenders import Job, Stopwatch

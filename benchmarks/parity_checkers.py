@@ -57,11 +57,11 @@ from tqdm import tqdm
 
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.fit import DeviceSplit, architecture, fit, make_deterministic
 from mnist_batchnorm.layout import CHECKPOINT, PREPARED, TEST_SPLIT
 from mnist_batchnorm.model import load_checkpoint
 from mnist_batchnorm.params import load_params
 from mnist_batchnorm.parity import Gate
-from mnist_batchnorm.train import DeviceSplit, architecture, fit, make_deterministic
 
 Float32 = npt.NDArray[np.float32]
 

@@ -67,10 +67,10 @@ from benchmarks.training_contenders import (
 )
 from mnist_batchnorm.dataset import load_split
 from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.fit import architecture, describe_device, resolve_device
 from mnist_batchnorm.layout import PREPARED, RAW, VARIANTS
 from mnist_batchnorm.model import Architecture
 from mnist_batchnorm.params import TrainParams, load_params
-from mnist_batchnorm.train import architecture, describe_device, resolve_device
 
 PACKAGES = ("torch", "torchvision", "jax", "jaxlib")
 

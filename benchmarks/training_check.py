@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_contenders import fit_with_engine, plain_epoch
+from benchmarks.training_contenders import plain_epoch
+from mnist_batchnorm.fit import DeviceSplit, architecture, fit, shuffled
 from mnist_batchnorm.layout import VARIANTS
 from mnist_batchnorm.params import TrainParams
-from mnist_batchnorm.train import DeviceSplit, architecture, batches
 
 STEPS = 20
 # Of any weight's or statistic's difference. Most agree to 1e-13, but the gradient of a bias before
@@ -51,7 +51,7 @@ class Trial:
         """Return the order of the images in each epoch, indices ``[steps, batch]``."""
         generator = torch.Generator().manual_seed(self.params.seed)
         arguments = len(self.split.labels), self.params.batch_size, generator
-        return [torch.stack([*batches(*arguments)]) for _ in range(self.params.epochs)]
+        return [shuffled(*arguments) for _ in range(self.params.epochs)]
 
     def plain(self) -> dict[str, Tensor]:
         """Return the weights and statistics that the plain loop arrives at."""
@@ -64,7 +64,7 @@ class Trial:
     def engine(self) -> dict[str, Tensor]:
         """Return those of this project's engine."""
         model = self.network()
-        fit_with_engine(model, self.split, self.split, self.params)
+        fit(model, self.split, self.split, self.params)
         return model.state_dict()
 
     def jax(self) -> dict[str, Tensor]:

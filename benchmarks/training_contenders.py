@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from mnist_batchnorm.dataset import load_split
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import PREPARED, RAW
-from mnist_batchnorm.params import TrainParams, load_params
-from mnist_batchnorm.train import (
+from mnist_batchnorm.fit import (
     DeviceSplit,
     Epoch,
     architecture,
-    batches,
     fit,
     make_deterministic,
     measure,
     resolve_device,
+    shuffled,
 )
+from mnist_batchnorm.layout import PREPARED, RAW
+from mnist_batchnorm.params import TrainParams, load_params
 
 BOTH = "both"  # key of a time that two networks share
 
@@ -199,23 +199,11 @@ def run_plain(job: Job, watch: Stopwatch) -> None:
         generator = torch.Generator().manual_seed(job.params.seed)
         watch.lap()
         for _ in range(job.params.epochs):
-            order = torch.stack([*batches(len(train.labels), job.params.batch_size, generator)])
+            order = shuffled(len(train.labels), job.params.batch_size, generator)
             plain_epoch(model, optimizer, train, order.to(job.torch_device))
             training = watch.lap()
             measure(model, train), measure(model, valid)
             watch.record(variant, training, watch.lap())
-
-
-def fit_with_engine(
-    model: nn.Sequential,
-    train: DeviceSplit,
-    valid: DeviceSplit,
-    params: TrainParams,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
-) -> None:
-    """Train with this project's engine: the one place to change when its entry does."""
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        fit(model, train, valid, params, on_epoch)
 
 
 def run_engine(job: Job, watch: Stopwatch) -> None:
@@ -232,7 +220,7 @@ def run_engine(job: Job, watch: Stopwatch) -> None:
             watch.record(variant, epoch - evaluation, evaluation)
 
         watch.lap()
-        fit_with_engine(model, train, valid, job.params, on_epoch)
+        fit(model, train, valid, job.params, on_epoch)
 
 
 def run_jax(job: Job, watch: Stopwatch) -> None:

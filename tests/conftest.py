@@ -1,11 +1,15 @@
 """What tests of several modules share: the command line, and a slice of real MNIST made ready."""
 
+import contextlib
 import gc
 import gzip
 import os
+import platform
+import resource
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +42,43 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[int]:
+    """Let no file of this process grow past so many bytes, as on a disk that is nearly full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield 4096
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[[Path, str], None]]:
+    """Make a folder and mount a disk of a size on it."""
+    if platform.system() != "Linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a small disk")
+    mounted: list[Path] = []
+
+    def mount(place: Path, size: str) -> None:
+        place.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:  # a container without the right
+            pytest.skip(f"no small disk can be mounted: {error}")
+        mounted.append(place)
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte free."""
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", 0) as filler:
+        while True:
+            filler.write(bytes(1024))
 
 
 @dataclass(frozen=True)
@@ -106,8 +147,8 @@ def trained(prepared: Path, params: Params) -> "Checkpoint":
     """The batch-norm network after one epoch on the slice."""
     import torch
 
+    from mnist_batchnorm.fit import DeviceSplit, architecture, fit
     from mnist_batchnorm.model import Checkpoint
-    from mnist_batchnorm.train import DeviceSplit, architecture, fit
 
     cpu = torch.device("cpu")
     train, valid = (
@@ -133,3 +174,19 @@ def weights(trained: "Checkpoint", tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("models") / "bn.safetensors"
     save_checkpoint(path, trained)
     return path
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What training asks of PyTorch, taken back afterwards."""
+    import torch
+
+    from mnist_batchnorm.fit import make_deterministic
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that its end is restored too
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    threads = torch.get_num_threads()
+    make_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 
 DVC_YAML = """\
 stages:
+  seeds:
+    cmd: mnist-bn seeds
+    deps:
+      - train.py
+      - data/prepared/train.safetensors
+      - data/prepared/valid.safetensors
+    params:
+      - seeds
+      - train
   train:
-    matrix:
-      variant: [bn, plain]
-    cmd: mnist-bn train ${item.variant}
+    cmd: mnist-bn train
     deps:
       - train.py
       - data/prepared/train.safetensors
@@ -76,6 +83,12 @@ def all_runs(folder: Path) -> "list[Run]":
     ids = [e.experiment_id for e in found.search_experiments()]
     result: list[Run] = found.search_runs(ids, order_by=["attributes.start_time ASC"])
     return result
+
+
+def stage_of(run: "Run") -> str:
+    """The stage that a run is of."""
+    stage: str = run.data.tags["dvc.stage"]
+    return stage
 
 
 def history(folder: Path, run: "Run", metric: str) -> list[tuple[int, float]]:

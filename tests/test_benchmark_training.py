@@ -10,9 +10,9 @@ from benchmarks.training_check import LIMIT, STEPS, Trial, check, difference
 from benchmarks.training_contenders import BOTH
 from torch.utils.flop_counter import FlopCounterMode
 
+from mnist_batchnorm.fit import architecture
 from mnist_batchnorm.layout import PREPARED, RAW, VARIANTS
 from mnist_batchnorm.params import Params
-from mnist_batchnorm.train import architecture
 
 
 @pytest.fixture(params=VARIANTS)

@@ -76,6 +76,13 @@ def test_failed_save_leaves_the_old_split(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("small_disk")
+def test_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large"):
+        save_split(tmp_path / "split", a_split(10))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_split_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no .*train\.safetensors; run `dvc repro prepare` first"):
         load_split(tmp_path / "train.safetensors")

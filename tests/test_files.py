@@ -2,12 +2,10 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,14 @@ import pytest
 from dvc_data.hashfile.hash import file_md5
 from dvc_objects.fs.local import LocalFileSystem
 
-from mnist_batchnorm.files import digest, replacing, write_bytes, write_json, write_text
+from mnist_batchnorm.files import (
+    digest,
+    discard,
+    replacing,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -24,15 +29,6 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "output"
     path.write_bytes(b"old")
     return path
-
-
-@pytest.fixture
-def small_disk() -> Iterator[int]:
-    """Let no file of this process grow past so many bytes, as on a disk that is nearly full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield 4096
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def untouched(path: Path) -> bool:
@@ -90,6 +86,23 @@ def test_killed_writer_leaves_the_old_file(path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, path], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+
+
+def test_discarding_removes_what_a_killed_writer_left_and_nothing_else(path: Path) -> None:
+    beside = [".output.0123456789abcdef.tmp", ".output.fedcba9876543210.tmp"]
+    others = [".output2.0123456789abcdef.tmp", ".output", "output.tmp", "other"]
+    for name in [*beside, *others]:
+        (path.parent / name).write_bytes(b"half")
+    discard(path)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == sorted(others)
+    discard(path)  # there is nothing left to do
+    discard(path.parent / "no folder/output")
+
+
+def test_discarding_takes_names_literally(tmp_path: Path) -> None:
+    (tmp_path / ".a1.0123456789abcdef.tmp").write_bytes(b"another's")
+    discard(tmp_path / "a[0-9]")
+    assert (tmp_path / ".a1.0123456789abcdef.tmp").exists()
 
 
 def test_concurrent_writers_never_show_a_mixture(path: Path) -> None:

@@ -125,6 +125,13 @@ def test_same_checkpoint_gives_the_same_bytes_however_its_tensors_lie(tmp_path: 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.usefixtures("small_disk")
+def test_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large"):
+        save_checkpoint(tmp_path / "bn.safetensors", a_checkpoint(Architecture(LECTURE, True)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_checkpoint_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no .*bn\.safetensors; run `dvc repro train` first"):
         load_checkpoint(tmp_path / "bn.safetensors")

@@ -107,8 +107,15 @@ def test_misspelt_key_is_named(key: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("value", [None, {"a": 1}, True, "", -1.5])
-@pytest.mark.parametrize("key", VALUES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (key, value)
+        for key in VALUES
+        for value in (None, {"a": 1}, True, "", -1.5)
+        if (key, value) != ("train.portable", True)
+    ],
+)
 def test_wrong_type_is_named(key: str, value: object) -> None:
     (problem,) = problems(changed(key, value))
     assert problem.startswith(f"{key}: ")

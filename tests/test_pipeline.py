@@ -22,6 +22,7 @@ from mnist_batchnorm.download import FILES
 
 ROOT = Path(__file__).parent.parent
 SLICE = ROOT / "tests/fixtures/mnist"
+TRAININGS = "tags.dvc.stage = 'train'"  # not the runs of stage seeds
 PROJECT_FILES = (
     ".dvc/.gitignore",
     ".dvc/config",
@@ -40,11 +41,12 @@ class Project:
 
     folder: Path
 
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of the environment as a user would, with nothing of this machine's."""
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of a user's shell, with nothing of this machine's."""
         settings = self.folder.parent / "settings"
         scripts = Path(sys.executable).parent
-        env = {
+        return {
             "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(settings),
             "DVC_SITE_CACHE_DIR": str(settings),
@@ -55,8 +57,16 @@ class Project:
             "GIT_COMMITTER_NAME": "test",
             "GIT_COMMITTER_EMAIL": "test@localhost",
         }
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the environment as a user would."""
         return subprocess.run(
-            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def check(self, *command: str) -> str:
@@ -167,7 +177,7 @@ def test_mlflow_has_one_finished_run_per_network(project: Project) -> None:
     (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
     runs = {
         run.data.tags["mnist_bn.variant"]: run
-        for run in client.search_runs([experiment.experiment_id])
+        for run in client.search_runs([experiment.experiment_id], TRAININGS)
     }
     assert runs.keys() == {"bn", "plain"}
     for variant, run in runs.items():
@@ -176,6 +186,8 @@ def test_mlflow_has_one_finished_run_per_network(project: Project) -> None:
         assert sorted(point.step for point in history) == [1, 2, 3]
         metrics = json.loads((project.folder / f"reports/metrics/test-{variant}.json").read_text())
         assert run.data.metrics["test/accuracy"] == metrics["accuracy"]
+    seeds = client.search_runs([experiment.experiment_id], "tags.dvc.stage = 'seeds'")
+    assert [run.info.status for run in seeds] == ["FINISHED"] * 11  # 5 of each, and over all
 
 
 def test_readme_snippet_runs(project: Project) -> None:
@@ -213,7 +225,7 @@ def test_fresh_clone_runs_the_gate_and_tells_its_own_mlflow(
     assert clone.check("git", "status", "--porcelain") == ""
     client = MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
-    runs = client.search_runs([experiment.experiment_id])
+    runs = client.search_runs([experiment.experiment_id], TRAININGS)
     assert all("test/accuracy" in run.data.metrics for run in runs)
     assert len(client.search_logged_models([experiment.experiment_id])) == 2
 
@@ -227,7 +239,7 @@ def test_reverted_parameter_takes_training_from_the_cache(tmp_path: Path, projec
     copy.check("dvc", "repro", "train")
     (copy.folder / "params.yaml").write_text(before)
     output = copy.check("dvc", "repro", "train")
-    assert "Stage 'train@bn' is cached - skipping run" in output
+    assert "Stage 'train' is cached - skipping run" in output
 
 
 @pytest.mark.slow
@@ -262,7 +274,7 @@ def test_experiment_logs_to_the_same_store_under_its_name(tmp_path: Path, projec
     copy.check("dvc", "exp", "run", "--temp", "-n", "slower", "-S", "train.lr=0.003")
     client = MlflowClient(f"sqlite:///{copy.folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
-    runs = client.search_runs([experiment.experiment_id])
+    runs = client.search_runs([experiment.experiment_id], TRAININGS)
     experiments = [run for run in runs if run.data.tags.get("dvc.exp_name") == "slower"]
     assert {run.data.tags["mnist_bn.variant"] for run in experiments} == {"bn", "plain"}
     assert {run.data.params["train.lr"] for run in experiments} == {"0.003"}

@@ -1,10 +1,12 @@
 """Which run a training is; telling MLflow of it twice, late or in parts is telling it once."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 
 from mnist_batchnorm import runs
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.runs import Origin, Point, Runs, curve_points
+from mnist_batchnorm.layout import SEED_CURVES, SEEDS, VARIANTS, repository
+from mnist_batchnorm.runs import Origin, Point, Runs, SeedsOrigin, curve_points
 from tests import store
 
 EXPERIMENT = "mnist-batchnorm"
@@ -90,14 +93,20 @@ def test_variant_and_kind_of_device_have_keys_of_their_own(folder: Path) -> None
 
 @pytest.fixture
 def repro(folder: Path) -> Callable[[], None]:
-    """Run a real `dvc repro` of a stage train that only writes its curve."""
-    curve_csv = "reports/curves/${item.variant}.csv"
-    edit(folder / "dvc.yaml", "mnist-bn train ${item.variant}", f"cp train.py {curve_csv}")
+    """Run a real `dvc repro` of a stage train that only writes its curves."""
+    curves = [f"reports/curves/{variant}.csv" for variant in VARIANTS]
+    edit(folder / "dvc.yaml", "mnist-bn train", f"tee {' '.join(curves)} < train.py")
     prepare = "stages:\n  prepare:\n    cmd: 'true'\n    params: [prepare]\n"
     edit(folder / "dvc.yaml", "stages:\n", prepare)
+    over_seeds = [SEEDS.as_posix(), SEED_CURVES.as_posix()]
+    made = "".join(f"      - {out}:\n          cache: false\n" for out in over_seeds)
+    tee = f"tee {' '.join(over_seeds)} < train.py\n    outs:\n{made}"
+    edit(folder / "dvc.yaml", "mnist-bn seeds\n", tee)
     with (folder / "dvc.yaml").open("a") as stream:
-        stream.write(f"    outs:\n      - {curve_csv}:\n          cache: false\n")
-    (folder / "reports/curves").mkdir(parents=True)
+        outs = (f"      - {curve}:\n          cache: false\n" for curve in curves)
+        stream.write("".join(["    outs:\n", *outs]))
+    for name in ("curves", "metrics"):
+        (folder / f"reports/{name}").mkdir(parents=True)
     env = os.environ | {"DVC_SITE_CACHE_DIR": str(folder.parent), "DVC_NO_ANALYTICS": "1"}
 
     def dvc(*arguments: str) -> None:
@@ -112,14 +121,33 @@ def test_key_from_dvc_lock_is_that_of_the_workspace_at_the_time(
     folder: Path, repro: Callable[[], None]
 ) -> None:
     at_the_time = Origin.of_workspace("bn", "cpu")
+    plain = Origin.of_workspace("plain", "cpu")
     repro()
     edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
     edit(folder / "train.py", "train", "train harder")
     assert Origin.of_curve("bn", "cpu") == at_the_time
+    assert Origin.of_curve("plain", "cpu") == plain
     assert Origin.of_workspace("bn", "cpu").key != at_the_time.key
     # trained by hand since, so dvc.lock is about another curve
     (folder / "reports/curves/bn.csv").write_text("another curve")
     assert Origin.of_curve("bn", "cpu") == Origin.of_workspace("bn", "cpu")
+    assert Origin.of_curve("plain", "cpu") == plain
+
+
+def test_key_over_seeds_from_dvc_lock_is_that_of_the_workspace_at_the_time(
+    folder: Path, repro: Callable[[], None]
+) -> None:
+    repro()
+    at_the_time = SeedsOrigin.of_files("cpu", 5)
+    edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
+    assert SeedsOrigin.of_files("cpu", 5) == at_the_time
+    for path in (SEEDS, SEED_CURVES):  # other numbers, made without DVC
+        usual = path.read_bytes()
+        path.write_text("other seeds")
+        other = SeedsOrigin.of_files("cpu", 5)
+        assert (other.train.lr, at_the_time.train.lr) == (0.003, 0.01)
+        assert other.key != at_the_time.key
+        path.write_bytes(usual)
 
 
 def test_without_dvc_lock_the_workspace_is_the_origin(folder: Path) -> None:
@@ -222,9 +250,9 @@ def test_experiment_names_its_run_and_the_commit_it_started_from(
 def test_default_store_is_in_dvc_root(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runs.tracking_uri(runs.store_root()) == f"sqlite:///{folder}/mlflow.db"
+    assert runs.tracking_uri(repository()) == f"sqlite:///{folder}/mlflow.db"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # an experiment in a temporary copy
-    assert runs.tracking_uri(runs.store_root()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert runs.tracking_uri(repository()) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.mark.parametrize(
@@ -332,7 +360,7 @@ def test_run_holds_what_made_it(folder: Path, opened: Runs) -> None:
             "mnist_bn.key": origin.key,
             "mnist_bn.variant": "bn",
             "mnist_bn.device": "cuda",
-            "dvc.stage": "train@bn",
+            "dvc.stage": "train",
         }.items()
     )
     checked = subprocess.run(
@@ -429,6 +457,154 @@ def test_curve_longer_than_a_request_takes(folder: Path, opened: Runs) -> None:
     assert len(store.history(folder, run, "curves/train_loss")) == 300
 
 
+# --- seeds ---------------------------------------------------------------------------------------
+
+PAIRS = [(variant, seed) for variant in VARIANTS for seed in (0, 1)]
+SUMMARY = [Point("seeds/bn_test_accuracy_mean", 0, 0.97, 1700000000000)]
+
+
+def seed_curve(variant: str, seed: int) -> list[Point]:
+    value = 0.9 + 0.01 * seed + (0.02 if variant == "bn" else 0)
+    return [
+        *(Point("seed_curves/valid_accuracy", e, value + 0.001 * e, 1) for e in (1, 2)),
+        Point("seed_test/accuracy", 0, value, 1),
+    ]
+
+
+RUNS_OF_SEEDS = {pair: seed_curve(*pair) for pair in PAIRS}
+
+
+@pytest.fixture
+def over_seeds(folder: Path) -> SeedsOrigin:
+    for path in (SEEDS, SEED_CURVES):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text("figures")
+    return SeedsOrigin.of_files("cpu", 2)
+
+
+class Counting:
+    """MLflow's client, with a count of the calls of each method, and trouble at one of them."""
+
+    def __init__(self, client: Any, method: str = "", good: int = 0) -> None:
+        self.client, self.method, self.good = client, method, good
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] += 1
+        if name == self.method and self.calls[name] > self.good:
+            raise ConnectionResetError("server restarts")
+        return getattr(self.client, name)
+
+
+def test_runs_of_seeds_are_nested_in_one_over_all(
+    folder: Path, opened: Runs, over_seeds: SeedsOrigin
+) -> None:
+    run_id = opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    found = {run.info.run_name: run for run in store.all_runs(folder)}
+    parent = found.pop("workspace/seeds")
+    assert parent.info.run_id == run_id
+    assert parent.data.metrics == {"seeds/bn_test_accuracy_mean": 0.97}
+    params = parent.data.params
+    assert (params["seeds.count"], params["train.lr"]) == ("2", "0.01")
+    assert not {"variant", "batch_norm", "train.seed"} & params.keys()
+    assert len(parent.inputs.dataset_inputs) == 2
+    assert found.keys() == {f"workspace/seeds/{variant}-{seed}" for variant, seed in PAIRS}
+    for variant, seed in PAIRS:
+        run = found[f"workspace/seeds/{variant}-{seed}"]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == run_id
+        assert run.data.tags["mnist_bn.variant"] == run.data.params["variant"] == variant
+        assert run.data.tags["dvc.stage"] == "seeds"
+        assert run.data.tags["mlflow.source.name"] == "mnist-bn train --seeds 2"
+        assert run.data.params["train.seed"] == str(seed)
+        *points, (_, _, last, _) = seed_curve(variant, seed)
+        curve = [(step, value) for _, step, value, _ in points]
+        assert store.history(folder, run, "seed_curves/valid_accuracy") == curve
+        assert run.data.metrics["seed_test/accuracy"] == last
+
+
+def test_runs_of_seeds_take_few_requests_and_none_that_write_when_they_are_there(
+    folder: Path, opened: Runs, over_seeds: SeedsOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "client", first := Counting(opened.client))
+    opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    assert first.calls.total() == 18  # three for each run, and three
+    before = [run.to_dictionary() for run in store.all_runs(folder)]
+    monkeypatch.setattr(opened, "client", second := Counting(first.client))
+    opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    assert second.calls == {"search_runs": 2}
+    assert [run.to_dictionary() for run in store.all_runs(folder)] == before
+
+
+@pytest.mark.parametrize(
+    ("method", "good"),
+    [
+        ("create_run", 1),
+        ("create_run", 3),
+        ("log_batch", 0),
+        ("log_batch", 4),
+        ("set_terminated", 0),
+        ("set_terminated", 4),
+        ("log_inputs", 0),
+    ],
+)
+def test_runs_of_seeds_that_an_outage_cut_off_are_completed(
+    folder: Path,
+    opened: Runs,
+    over_seeds: SeedsOrigin,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    good: int,
+) -> None:
+    monkeypatch.setattr(runs, "RUNS_PER_REQUEST", 2)
+    client = opened.client
+    monkeypatch.setattr(opened, "client", Counting(client, method, good))
+    with pytest.raises(ConnectionResetError):
+        opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    monkeypatch.setattr(opened, "client", client)
+    statuses = [run.info.status for run in store.all_runs(folder)]
+    assert "RUNNING" in statuses
+    opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    found = store.all_runs(folder)
+    assert [run.info.status for run in found] == ["FINISHED"] * 5
+    by_name = {run.info.run_name: run for run in found}
+    assert len(by_name["workspace/seeds"].inputs.dataset_inputs) == 2
+    for variant, seed in PAIRS:
+        run = by_name[f"workspace/seeds/{variant}-{seed}"]
+        assert run.data.params == over_seeds.one(variant, seed).logged_params()
+        assert len(store.history(folder, run, "seed_curves/valid_accuracy")) == 2
+
+
+def test_other_figures_over_seeds_are_other_runs(
+    folder: Path, opened: Runs, over_seeds: SeedsOrigin
+) -> None:
+    first = opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    SEEDS.write_text("figures of another machine")
+    other = SeedsOrigin.of_files("cpu", 2)
+    assert opened.record_seeds(other, SUMMARY, RUNS_OF_SEEDS) != first
+    assert opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS) == first
+    assert len(store.all_runs(folder)) == 10
+
+
+def test_deleted_run_of_a_seed_is_recorded_anew(
+    folder: Path, opened: Runs, over_seeds: SeedsOrigin
+) -> None:
+    opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    gone = next(r for r in store.all_runs(folder) if r.info.run_name == "workspace/seeds/bn-1")
+    opened.client.delete_run(gone.info.run_id)
+    opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    assert len(store.all_runs(folder)) == 5
+
+
+def test_keys_of_seeds_are_their_own(folder: Path, over_seeds: SeedsOrigin) -> None:
+    keys = {over_seeds.key, *(over_seeds.one(*pair).key for pair in PAIRS)}
+    assert len(keys) == 5
+    edit(folder / "params.yaml", "seed: 2 ", "seed: 3 ")  # of the run that ships
+    assert SeedsOrigin.of_files("cpu", 2).key == over_seeds.key
+    edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
+    assert SeedsOrigin.of_files("cpu", 2).key != over_seeds.key
+
+
 # --- following ----------------------------------------------------------------------------------
 
 
@@ -445,46 +621,110 @@ def sent() -> Callable[[bytes], int]:
     return write
 
 
-MESSAGES = (
-    b'{"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.5, "valid_loss": 0.5, '
-    b'"valid_accuracy": 0.5, "time": 1700000000000}\n'
-)
-FINISHED = b'{"status": "FINISHED"}\n'
+START = 1700000000000  # as `now` counts
+
+
+def begun(variant: str = "bn") -> bytes:
+    return message({"variant": variant, "device": "cpu", "time": START})
+
+
+def ended(variant: str = "bn", status: str = "FINISHED") -> bytes:
+    return message({"variant": variant, "status": status})
+
+
+def epoch(number: int, variant: str = "bn", loss: float = 0.5, late: int = 0) -> bytes:
+    time = START + 1000 * number + late
+    return message({"variant": variant, **row(number, loss), "time": time})
+
+
+def message(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+MESSAGES = begun() + epoch(1)
 
 
 def test_following_records_when_an_epoch_ended(folder: Path, sent: Callable[[bytes], int]) -> None:
-    assert runs.follow("bn", "cpu", sent(MESSAGES + FINISHED))
+    assert runs.follow(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
     assert run.info.status == "FINISHED"
-    (point,) = store.client(folder).get_metric_history(run.info.run_id, "curves/valid_loss")
-    assert (point.step, point.value, point.timestamp) == (1, 0.5, 1700000000000)
+    (point,) = store.client(folder).get_metric_history(run.info.run_id, "curves/train_loss")
+    assert (point.step, point.value, point.timestamp) == (1, 0.5, START + 1000)
 
 
 def test_run_starts_with_training_and_not_with_mlflow(
-    folder: Path, sent: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+    folder: Path, sent: Callable[[bytes], int]
 ) -> None:
-    opening = Runs.open
-
-    def slow(experiment: str, root: Path) -> Runs:
-        time.sleep(0.5)
-        return opening(experiment, root)
-
-    monkeypatch.setattr(Runs, "open", slow)
-    start = runs.now()
-    assert runs.follow("bn", "cpu", sent(MESSAGES + FINISHED))
+    assert runs.follow(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
-    assert start <= run.info.start_time < start + 400
+    assert run.info.start_time == START
 
 
-@pytest.mark.parametrize("content", [b"", MESSAGES, MESSAGES + b'{"epoch": 2, "tra'])
+@pytest.mark.parametrize("content", [begun(), MESSAGES, MESSAGES + epoch(2)[:20]])
 def test_training_that_was_killed_leaves_a_killed_run(
     folder: Path, sent: Callable[[bytes], int], content: bytes
 ) -> None:
-    runs.follow("bn", "cpu", sent(content))
+    runs.follow(sent(content))
     (run,) = store.all_runs(folder)
     assert run.info.status == "KILLED"
     epochs = len(store.history(folder, run, "curves/train_loss"))
     assert epochs == (1 if MESSAGES in content else 0)
+
+
+def test_nothing_to_follow_makes_no_store(
+    folder: Path, sent: Callable[[bytes], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mlflow.db").unlink()
+    assert runs.follow(sent(b""))
+    assert not list(folder.glob("*mlflow*"))
+    assert capsys.readouterr().err == ""
+
+
+def test_two_trainings_are_two_runs_that_end_each_in_its_way(
+    folder: Path, sent: Callable[[bytes], int]
+) -> None:
+    content = [
+        begun("plain"),
+        begun("bn"),
+        epoch(1, "bn", loss=0.5),
+        epoch(1, "plain", loss=0.6),
+        ended("plain", "FAILED"),
+        epoch(2, "bn", loss=0.5),
+        ended("bn"),
+    ]
+    assert runs.follow(sent(b"".join(content)))
+    found = {run.data.params["variant"]: run for run in store.all_runs(folder)}
+    assert {variant: run.info.status for variant, run in found.items()} == {
+        "bn": "FINISHED",
+        "plain": "FAILED",
+    }
+    assert store.history(folder, found["bn"], "curves/train_loss") == [(1, 0.5), (2, 0.25)]
+    assert store.history(folder, found["plain"], "curves/train_loss") == [(1, 0.6)]
+
+
+def test_training_that_was_killed_beside_one_that_ended_is_killed(
+    folder: Path, sent: Callable[[bytes], int]
+) -> None:
+    runs.follow(sent(begun("bn") + begun("plain") + ended("bn") + epoch(1, "plain")))
+    statuses = {run.data.params["variant"]: run.info.status for run in store.all_runs(folder)}
+    assert statuses == {"bn": "FINISHED", "plain": "KILLED"}
+
+
+def test_rows_that_a_resumed_training_tells_again_make_no_doubles(
+    folder: Path, sent: Callable[[bytes], int]
+) -> None:
+    runs.follow(sent(begun() + epoch(1) + epoch(2)))
+    again = begun() + epoch(1, late=60_000) + epoch(2, late=60_000) + epoch(3, late=60_000)
+    assert runs.follow(sent(again + ended()))
+    (run,) = store.all_runs(folder)
+    assert (run.info.status, run.info.start_time) == ("FINISHED", START)
+    for metric in runs.CURVE.values():
+        points = store.client(folder).get_metric_history(run.info.run_id, metric)
+        assert sorted((p.step, p.timestamp - START) for p in points) == [
+            (1, 1000),
+            (2, 2000),
+            (3, 63_000),
+        ]
 
 
 def test_outage_that_ends_leaves_only_a_warning(
@@ -502,9 +742,9 @@ def test_outage_that_ends_leaves_only_a_warning(
         return record(*arguments)
 
     monkeypatch.setattr(Runs, "record", restarting)
-    assert runs.follow("bn", "cpu", sent(MESSAGES + FINISHED))
+    assert runs.follow(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
-    assert (run.info.status, run.data.metrics["curves/valid_loss"]) == ("FINISHED", 0.5)
+    assert (run.info.status, run.data.metrics["curves/valid_loss"]) == ("FINISHED", 0.55)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"warning: MLflow at sqlite:///{folder}/mlflow.db: server restarts"
 
@@ -517,7 +757,7 @@ def test_outage_to_the_end_is_reported_with_one_warning(
 ) -> None:
     with store.refusing() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert not runs.follow("bn", "cpu", sent(MESSAGES + FINISHED))
+        assert not runs.follow(sent(MESSAGES + ended()))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"warning: MLflow at {uri}: [Errno 111] Connection refused"
 
@@ -526,7 +766,7 @@ def test_what_is_wrong_with_the_folder_is_said(
     folder: Path, sent: Callable[[bytes], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "train.py").unlink()
-    assert not runs.follow("bn", "cpu", sent(FINISHED))
+    assert not runs.follow(sent(begun() + ended()))
     assert "stage train depends on train.py" in capsys.readouterr().err
 
 
@@ -541,6 +781,6 @@ def test_origin_is_that_of_the_start(
         return opening(experiment, root)
 
     monkeypatch.setattr(Runs, "open", edited_meanwhile)
-    assert runs.follow("bn", "cpu", sent(MESSAGES + FINISHED))
+    assert runs.follow(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
     assert run.data.tags["mnist_bn.key"] == key

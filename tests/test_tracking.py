@@ -9,20 +9,23 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mnist_batchnorm import tracking
+from mnist_batchnorm.fit import DeviceSplit, Epoch, architecture, fit
+from mnist_batchnorm.layout import VARIANTS
 from mnist_batchnorm.params import Params
-from mnist_batchnorm.tracking import live_run
-from mnist_batchnorm.train import DeviceSplit, Epoch, architecture, fit
+from mnist_batchnorm.tracking import live_runs
 from tests import store
 
 INCOMPLETE = (
-    "MLflow does not have all of this run; `mnist-bn track` (the last stage of `dvc repro`) "
-    "completes bn from the files"
+    "MLflow does not have all of this yet; `mnist-bn track` (the last stage of `dvc repro`) "
+    "completes it from the files"
 )
 
 
@@ -30,13 +33,15 @@ KEEP = """
 with open("received", "w") as kept:
     for line in sys.stdin:
         kept.write(line)
-        if "status" in line:
-            break
-"""  # until the status has come, as the real child
+"""  # until the pipe closes, as the real child
 
 
-def epoch(number: int) -> Epoch:
-    return Epoch(number, 1 / number, 0.5, 1.1 / number, 0.4)
+def epoch(number: int) -> dict[str, float]:
+    return asdict(Epoch(number, 1 / number, 0.5, 1.1 / number, 0.4))
+
+
+def received() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("received").read_text().splitlines()]
 
 
 # --- training's end of the pipe, with other programs in the place of the child --------------------
@@ -70,15 +75,46 @@ def test_child_gets_every_row_and_the_status(
     child: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     child("open('arguments', 'w').write(' '.join(sys.argv[1:]))" + KEEP)
-    with live_run("bn", "cuda:0") as run:
+    with live_runs() as tracker:
+        tracker.begin("bn", "cuda:0")
         for number in (1, 2, 3):
-            run.log_epoch(epoch(number))
-    lines = [json.loads(line) for line in Path("received").read_text().splitlines()]
-    assert [line.get("epoch") for line in lines] == [1, 2, 3, None]
-    assert lines[1].items() >= {"train_loss": 0.5, "valid_accuracy": 0.4}.items()
-    assert abs(lines[0]["time"] / 1000 - time.time()) < 60
-    assert lines[-1] == {"status": "FINISHED"}
-    assert Path("arguments").read_text().endswith("-m mnist_batchnorm.runs bn cuda:0")
+            tracker.log_epoch("bn", epoch(number))
+        tracker.end("bn", "FINISHED")
+    begun, *rows, ended = received()
+    assert begun.items() >= {"variant": "bn", "device": "cuda:0"}.items()
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    told = {"variant": "bn", "train_loss": 0.5, "valid_accuracy": 0.4}
+    assert rows[1].items() >= told.items()
+    for message in (begun, *rows):
+        assert abs(message["time"] / 1000 - time.time()) < 60
+    assert ended == {"variant": "bn", "status": "FINISHED"}
+    assert Path("arguments").read_text().endswith("-m mnist_batchnorm.runs")
+    assert capfd.readouterr().err == ""
+
+
+def test_one_child_gets_both_trainings(
+    child: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    child("open('starts', 'a').write('x')" + KEEP)
+    with live_runs() as tracker:
+        tracker.begin("plain", "cpu")
+        tracker.begin("bn", "cpu")
+        tracker.log_epoch("plain", epoch(1))
+        tracker.log_epoch("bn", epoch(1))
+        tracker.end("plain", "FAILED")
+        tracker.log_epoch("bn", epoch(2))
+        tracker.end("bn", "FINISHED")
+    assert Path("starts").read_text() == "x"
+    order = [(message["variant"], message.get("status")) for message in received()]
+    assert order == [
+        ("plain", None),
+        ("bn", None),
+        ("plain", None),
+        ("bn", None),
+        ("plain", "FAILED"),
+        ("bn", None),
+        ("bn", "FINISHED"),
+    ]
     assert capfd.readouterr().err == ""
 
 
@@ -90,14 +126,35 @@ def test_child_gets_every_row_and_the_status(
         (SystemExit(1), "FAILED"),
     ],
 )
-def test_exception_in_training_goes_on_and_is_told(
+def test_exception_in_training_goes_on_and_is_told_of_what_had_not_ended(
     child: Callable[[str], None], error: BaseException, status: str
 ) -> None:
+    def run() -> None:
+        with live_runs() as tracker:
+            for variant in ("bn", "plain"):
+                tracker.begin(variant, "cpu")
+            tracker.end("plain", "FINISHED")
+            raise error
+
     child(KEEP)
-    with pytest.raises(type(error)) as caught, live_run("bn", "cpu"):
-        raise error
+    with pytest.raises(type(error)) as caught:
+        run()
     assert caught.value is error
-    assert json.loads(Path("received").read_text()) == {"status": status}
+    assert received()[2:] == [
+        {"variant": "plain", "status": "FINISHED"},
+        {"variant": "bn", "status": status},
+    ]
+
+
+def test_end_is_told_once_and_only_of_what_began(child: Callable[[str], None]) -> None:
+    child(KEEP)
+    with live_runs() as tracker:
+        tracker.end("plain", "FAILED")  # its process ended before it could begin
+        tracker.begin("bn", "cpu")
+        tracker.end("bn", "FAILED")
+        tracker.end("bn", "FINISHED")
+    (_, ended) = received()
+    assert ended == {"variant": "bn", "status": "FAILED"}
 
 
 def test_child_that_never_reads_costs_the_grace_time_and_no_more(
@@ -105,9 +162,9 @@ def test_child_that_never_reads_costs_the_grace_time_and_no_more(
 ) -> None:
     child("time.sleep(60)")
     start = time.monotonic()
-    with live_run("bn", "cpu") as run:
+    with live_runs() as tracker:
         for number in range(1, 2001):  # three times what the pipe holds
-            run.log_epoch(epoch(number))
+            tracker.log_epoch("bn", epoch(number))
         assert time.monotonic() - start < 1
     assert 1 <= time.monotonic() - start < 3
     assert capfd.readouterr().err.splitlines() == [INCOMPLETE]
@@ -117,11 +174,10 @@ def test_child_that_reads_late_gets_all_the_same(
     child: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     child("time.sleep(0.5)" + KEEP)
-    with live_run("bn", "cpu") as run:
+    with live_runs() as tracker:
         for number in range(1, 2001):
-            run.log_epoch(epoch(number))
-    lines = [json.loads(line) for line in Path("received").read_text().splitlines()]
-    assert [line["epoch"] for line in lines[:-1]] == list(range(1, 2001))
+            tracker.log_epoch("bn", epoch(number))
+    assert [row["epoch"] for row in received()] == list(range(1, 2001))
     assert capfd.readouterr().err == ""
 
 
@@ -130,10 +186,11 @@ def test_child_that_dies_is_no_trouble(
     child: Callable[[str], None], capfd: pytest.CaptureFixture[str], program: str
 ) -> None:
     child(program)
-    with live_run("bn", "cpu") as run:
+    with live_runs() as tracker:
+        tracker.begin("bn", "cpu")
         time.sleep(0.3)
-        run.log_epoch(epoch(1))
-        run.log_epoch(epoch(2))
+        tracker.log_epoch("bn", epoch(1))
+        tracker.log_epoch("bn", epoch(2))
     assert capfd.readouterr().err.splitlines() == [INCOMPLETE]
 
 
@@ -141,15 +198,17 @@ def test_child_that_cannot_start_is_no_trouble(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    with live_run("bn", "cpu") as run:
-        run.log_epoch(epoch(1))
+    with live_runs() as tracker:
+        tracker.begin("bn", "cpu")
+        tracker.log_epoch("bn", epoch(1))
+        tracker.end("bn", "FINISHED")
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("warning: MLflow will not show bn while it trains: ")
+    assert line.startswith("warning: MLflow will not show this while it trains: ")
 
 
 def test_no_child_outlives_training(child: Callable[[str], None]) -> None:
     child("open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
-    with live_run("bn", "cpu"):
+    with live_runs():
         pass
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
@@ -174,14 +233,22 @@ def test_training_is_in_the_store_when_it_ends(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "mlflow.db").write_bytes(store.empty_database())
-    with live_run("bn", "cpu") as run:
+    with live_runs() as tracker:
+        for variant in VARIANTS:
+            tracker.begin(variant, "cpu")
         for number in (1, 2, 3):
-            run.log_epoch(epoch(number))
+            tracker.log_epoch("bn", epoch(number))
+        tracker.log_epoch("plain", epoch(1))
+        tracker.end("plain", "FAILED")
     assert capfd.readouterr().err == ""
-    (recorded,) = store.all_runs(folder)
-    assert recorded.info.status == "FINISHED"
+    found = {run.data.params["variant"]: run for run in store.all_runs(folder)}
+    assert {variant: run.info.status for variant, run in found.items()} == {
+        "bn": "FINISHED",
+        "plain": "FAILED",
+    }
     curve = [(number, 1 / number) for number in (1, 2, 3)]
-    assert store.history(folder, recorded, "curves/train_loss") == curve
+    assert store.history(folder, found["bn"], "curves/train_loss") == curve
+    assert store.history(folder, found["plain"], "curves/train_loss") == curve[:1]
 
 
 @pytest.mark.slow
@@ -189,10 +256,12 @@ def test_training_is_in_the_store_when_it_ends(
 def test_two_trainings_at_once_create_the_store_and_are_one_run(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with live_run("bn", "cpu") as one, live_run("bn", "cpu") as other:
+    with live_runs() as one, live_runs() as other:
+        for tracker in (one, other):
+            tracker.begin("bn", "cpu")
         for number in (1, 2, 3):
-            one.log_epoch(epoch(number))
-            other.log_epoch(epoch(number))
+            for tracker in (one, other):
+                tracker.log_epoch("bn", epoch(number))
     assert capfd.readouterr().err == ""
     (run,) = store.all_runs(folder)
     assert run.info.status == "FINISHED"
@@ -218,11 +287,18 @@ def test_bad_server_changes_nothing_but_two_lines_and_seconds(
     capfd.readouterr()
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with live_run("bn", "cpu") as run:
+        with live_runs() as tracker:
+            tracker.begin("bn", "cpu")
             warning = ""
             while server is store.refusing and not warning:
                 warning = capfd.readouterr().err
-            tracked = fit(models[1], train, valid, train_params, on_epoch=run.log_epoch)
+            tracked = fit(
+                models[1],
+                train,
+                valid,
+                train_params,
+                on_epoch=lambda epoch: tracker.log_epoch("bn", asdict(epoch)),
+            )
             start = time.monotonic()
         assert time.monotonic() - start < tracking.SERVER_GRACE + 1
     if warning:
@@ -238,10 +314,12 @@ def test_killed_training_leaves_a_killed_run(folder: Path) -> None:
     (folder / "mlflow.db").write_bytes(store.empty_database())
     program = """
         import time
-        from mnist_batchnorm.tracking import live_run
-        from mnist_batchnorm.train import Epoch
-        with live_run("bn", "cpu") as run:
-            run.log_epoch(Epoch(1, 0.5, 0.5, 0.5, 0.5))
+        from dataclasses import asdict
+        from mnist_batchnorm.fit import Epoch
+        from mnist_batchnorm.tracking import live_runs
+        with live_runs() as tracker:
+            tracker.begin("bn", "cpu")
+            tracker.log_epoch("bn", asdict(Epoch(1, 0.5, 0.5, 0.5, 0.5)))
             print("trains", flush=True)
             time.sleep(600)
     """

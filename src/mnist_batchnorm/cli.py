@@ -15,7 +15,8 @@ from mnist_batchnorm.errors import CheckFailedError, UserError
 COMMANDS = {
     "download": "Fetch the four MNIST files and verify their hashes.",
     "prepare": "Split the images into train, valid and test.",
-    "train": "Train one network.",
+    "train": "Train the networks, both at once.",
+    "seeds": "Train both networks from many seeds.",
     "evaluate": "Measure the networks on the test images.",
     "export": "Export the batch-norm network to ONNX in eval mode.",
     "verify": "Prove that ONNX Runtime computes what PyTorch computes.",
@@ -60,8 +61,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; the console script ``mnist-bn``."""
     # Looking for cycles again and again, among ever more modules, is a fifth of the time of a large
-    # import. What a command leaves behind is little; training alone may run for long.
-    if sys.argv[1:2] != ["train"]:
+    # import. What a command leaves behind is little; trainings alone may run for long.
+    if sys.argv[1:2] not in (["train"], ["seeds"]):
         gc.disable()  # to the end: Python's own last collection takes half a second
     try:
         status = cli(prog_name="mnist-bn", standalone_mode=False) or 0

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import replacing
+from mnist_batchnorm.files import write_bytes
 
 CLASSES = 10
 SIDE = 28  # pixels
@@ -35,8 +35,8 @@ class Split:
 
 def save_split(path: Path, split: Split) -> None:
     """Write a split as safetensors; the same split gives the same bytes."""
-    with replacing(path) as temporary:
-        save_file({"images": split.images, "labels": split.labels, "index": split.index}, temporary)
+    content = save({"images": split.images, "labels": split.labels, "index": split.index})
+    write_bytes(path, content)
 
 
 def load_split(path: Path) -> Split:

@@ -119,7 +119,7 @@ def evaluate(
 
 
 @click.command()
-@click.argument("variants", type=click.Choice(VARIANTS), nargs=-1)
+@click.argument("variants", nargs=-1, type=click.Choice(VARIANTS), metavar="[bn] [plain]")
 def command(variants: tuple[str, ...]) -> None:
     """Measure the networks on the test images: those named, by default both."""
     from mnist_batchnorm.params import load_params

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the hashes that identify them."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -41,6 +42,13 @@ def _fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Delete a file, if it is there, and what a killed `replacing` left beside it."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """What the pipeline's files are called and where they lie, seen from the folder of dvc.yaml."""
 
+import os
 from pathlib import Path
 
 VARIANTS = ("bn", "plain")  # the two networks
@@ -13,5 +14,18 @@ CHECKPOINT = MODELS / "bn.safetensors"  # what the ONNX files are made from
 GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # in models/ -> whether batch norm is folded
 
 REPORTS = Path("reports")
+SEEDS = REPORTS / "metrics/seeds.json"
+SEED_CURVES = REPORTS / "curves/seeds.csv"
 
 WEIGHTS_KEY = "mnist_batchnorm.weights_sha256"  # in an ONNX file's metadata_props
+
+UNFINISHED = Path(".checkpoints")  # of training runs, in the `repository`
+
+
+def repository() -> Path:
+    """Return the folder of what outlives a working copy: MLflow's store, unfinished runs.
+
+    DVC sets DVC_ROOT for its stages; for ``dvc exp run --temp`` and ``--queue`` it is the
+    repository that the experiment was started from, not the temporary copy.
+    """
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import replacing
+from mnist_batchnorm.files import write_bytes
 
 _METADATA_KEY = "mnist_batchnorm"  # one key only: safetensors writes several in random order
 
@@ -88,8 +88,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "provenance": checkpoint.provenance,
     }
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    write_bytes(path, save(tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -4,7 +4,14 @@ import io
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 
 from mnist_batchnorm.errors import UserError
@@ -60,6 +67,19 @@ class TrainParams(Section):
     bn_momentum: Annotated[float, Field(gt=0, le=1)]
     bn_eps: Annotated[float, Field(gt=0)]
     device: Device
+    portable: bool
+
+    @model_validator(mode="after")
+    def _portable_on_the_cpu(self) -> "TrainParams":
+        if self.portable and self.device.startswith("cuda"):
+            raise ValueError("portable is for the CPU; with it, device must be cpu or auto")
+        return self
+
+
+class SeedsParams(Section):
+    """How many runs the figures over seeds are from."""
+
+    count: Annotated[int, Field(ge=2, le=10_000)]
 
 
 class EvaluateParams(Section):
@@ -87,6 +107,7 @@ class Params(Section):
     download: DownloadParams
     prepare: PrepareParams
     train: TrainParams
+    seeds: SeedsParams
     evaluate: EvaluateParams
     export: ExportParams
     track: TrackParams

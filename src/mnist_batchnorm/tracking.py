@@ -12,19 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from mnist_batchnorm.train import Epoch
 
 SERVER_GRACE = 3.0  # seconds to deliver the rest once training has ended: a server may hang
 LOCAL_GRACE = 15.0  # seconds: nothing to hang, but MLflow's import and first database take 7
 
 
-class LiveRun:
+class LiveRuns:
     """Training's end of the pipe to the child: writing never blocks and never raises."""
 
     def __init__(self, child: "subprocess.Popen[bytes]") -> None:
@@ -32,33 +27,53 @@ class LiveRun:
         self._child = child
         self._pipe = child.stdin.fileno()
         self._unsent = b""
+        self._running: list[str] = []
         os.set_blocking(self._pipe, False)
 
-    def log_epoch(self, epoch: "Epoch") -> None:
-        """Hand over one row of the learning curve."""
-        self._send({**asdict(epoch), "time": time.time_ns() // 1_000_000})
-
-    def end(self, status: str, grace: float) -> bool:
-        """Hand over how training ended, and end the child.
+    def begin(self, variant: str, device: str) -> None:
+        """Hand over that a training has begun.
 
         Args:
-            status: MLflow's word for it: FINISHED, FAILED or KILLED.
+            variant: ``bn`` or ``plain``.
+            device: where it runs, as PyTorch writes it: ``cpu``, ``cuda:0``.
+        """
+        self._running.append(variant)
+        self._send({"variant": variant, "device": device, "time": _now()})
+
+    def log_epoch(self, variant: str, row: Mapping[str, float]) -> None:
+        """Hand over one row of a learning curve."""
+        self._send({"variant": variant, **row, "time": _now()})
+
+    def end(self, variant: str, status: str) -> None:
+        """Hand over how a training has ended, in MLflow's words: FINISHED, FAILED or KILLED."""
+        if variant in self._running:
+            self._running.remove(variant)
+            self._send({"variant": variant, "status": status})
+
+    def close(self, status: str, grace: float) -> bool:
+        """End what still runs, and the child.
+
+        Args:
+            status: of the trainings that have not ended.
             grace: seconds that the child has for what is not delivered yet.
 
         Returns:
             Whether all of it was delivered.
         """
         assert self._child.stdin is not None
-        with self._child.stdin:
-            try:
-                self._send({"status": status})
-                deadline = time.monotonic() + grace
-                while self._child.poll() is None and time.monotonic() < deadline:
-                    self._flush()
-                    time.sleep(0.02)
-            finally:
-                self._child.kill()  # of no effect when it has ended by itself
-                self._child.wait()
+        deadline = time.monotonic() + grace
+        try:
+            for variant in tuple(self._running):
+                self.end(variant, status)
+            while self._unsent and self._child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+                self._flush()
+            self._child.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            self._child.kill()  # of no effect when it has ended by itself
+            self._child.wait()
         return self._child.returncode == 0
 
     def _send(self, message: Mapping[str, object]) -> None:
@@ -76,26 +91,37 @@ class LiveRun:
         self._unsent = self._unsent[written:]
 
 
-class Untracked:
-    """Stands in for a `LiveRun` whose child could not be started."""
+class Untracked(LiveRuns):
+    """Stands in where the child could not be started: the files will hold it all."""
 
-    def log_epoch(self, epoch: "Epoch") -> None:
-        """Do nothing: the learning curve's file will hold the row."""
+    def __init__(self) -> None:
+        self._running = []
+
+    def close(self, status: str, grace: float) -> bool:
+        """Do nothing."""
+        return True
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        pass
 
 
-def _start_child(variant: str, device: str) -> "subprocess.Popen[bytes] | None":
+def _now() -> int:
+    return time.time_ns() // 1_000_000  # as MLflow counts
+
+
+def _start_child() -> "subprocess.Popen[bytes] | None":
     # -P: import the installed package, whatever lies in the working directory.
     # A session of its own: Ctrl-C is for training, which tells the child how it ended.
     try:
-        return subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-W", "ignore", "-m", "mnist_batchnorm.runs", variant, device],
+        return subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", "mnist_batchnorm.runs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             bufsize=0,
             start_new_session=True,
         )
     except OSError as error:
-        click.echo(f"warning: MLflow will not show {variant} while it trains: {error}", err=True)
+        click.echo(f"warning: MLflow will not show this while it trains: {error}", err=True)
         return None
 
 
@@ -105,33 +131,26 @@ def _grace() -> float:
 
 
 @contextlib.contextmanager
-def live_run(variant: str, device: str) -> Iterator[LiveRun | Untracked]:
-    """Show a training run in MLflow while it runs.
+def live_runs() -> Iterator[LiveRuns]:
+    """Show trainings in MLflow while they run.
 
-    The run is FINISHED when the block ends well, KILLED on Ctrl-C and FAILED on any other
-    exception, which goes on to the caller. A tracker that is slow, down or broken costs the
-    caller at most the grace time at the end and two lines on stderr.
-
-    Args:
-        variant: ``bn`` or ``plain``.
-        device: where training runs, as PyTorch writes it: ``cpu``, ``cuda:0``.
+    What has not ended when the block ends is FINISHED if it ends well, KILLED on Ctrl-C and FAILED
+    on any other exception, which goes on to the caller. A tracker that is slow, down or broken
+    costs the caller at most the grace time at the end and two lines on stderr.
     """
-    child = _start_child(variant, device)
-    if child is None:
-        yield Untracked()
-        return
-    run = LiveRun(child)
+    child = _start_child()
+    runs = LiveRuns(child) if child else Untracked()
     status = "FAILED"
     try:
-        yield run
+        yield runs
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        if not run.end(status, _grace()):
+        if not runs.close(status, _grace()):
             click.echo(
-                f"MLflow does not have all of this run; `mnist-bn track` (the last stage of "
-                f"`dvc repro`) completes {variant} from the files",
+                "MLflow does not have all of this yet; `mnist-bn track` (the last stage of "
+                "`dvc repro`) completes it from the files",
                 err=True,
             )

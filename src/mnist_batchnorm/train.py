@@ -1,231 +1,98 @@
-"""Stage train: one network, seeded and deterministic, its data on the device as tensors."""
+"""Stage train: both networks at once, each in a process of its own, shown and recorded by this one.
+
+The process of a network is ``python -m mnist_batchnorm.train VARIANT``; it tells of its progress in
+JSON lines. This one imports neither PyTorch nor MLflow.
+"""
 
 import csv
+import gc
 import io
-import math
+import json
 import os
+import selectors
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from mnist_batchnorm.dataset import CLASSES, SIDE, load_split, network_input
-from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.files import digest, write_json, write_text
-from mnist_batchnorm.frozen import statistics_untouched
+from mnist_batchnorm.errors import CheckFailedError, UserError, as_users_mistake
+from mnist_batchnorm.files import digest, discard, write_json, write_text
 from mnist_batchnorm.layout import MODELS, PREPARED, REPORTS, VARIANTS
-from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
+from mnist_batchnorm.params import load_params
+from mnist_batchnorm.tracking import LiveRuns, live_runs
 
 if TYPE_CHECKING:
-    from mnist_batchnorm.params import TrainParams
+    from mnist_batchnorm.fit import Epoch
 
-EVALUATION_BATCH = 10_000  # images; bounds memory, no effect on the statistics
-PROGRESS_STEPS = 50  # between looks at the loss: each look waits for a GPU
+Tell = Callable[[dict[str, Any]], None]
 
-
-@dataclass(frozen=True)
-class Epoch:
-    """One row of the learning curve: means over a whole split, measured in eval mode."""
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    valid_loss: float
-    valid_accuracy: float
+SPLITS = {name: PREPARED / f"{name}.safetensors" for name in ("train", "valid")}
 
 
-@dataclass(frozen=True)
-class DeviceSplit:
-    """A split as the loop wants it, on the device.
-
-    Attributes:
-        inputs: float32 ``[n, 784]``, pixel / 255.
-        labels: int64 ``[n]``.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device) -> "DeviceSplit":
-        """Read a prepared split onto the device."""
-        split = load_split(path)
-        inputs = torch.from_numpy(network_input(split.images))
-        labels = torch.from_numpy(split.labels.astype("int64"))
-        return cls(inputs.to(device), labels.to(device))
+# --- the process of one network ------------------------------------------------------------------
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turn ``train.device`` into a device that exists; ``auto`` prefers a CUDA GPU.
-
-    Raises:
-        UserError: A GPU was named and there is none such.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"params.yaml: train.device: {name}: this PyTorch ({torch.__version__}) sees "
-            f"{torch.cuda.device_count()} CUDA GPUs; use auto or cpu"
-        )
-    return device
-
-
-def make_deterministic() -> None:
-    """Make the same seed give the same weights, bit for bit, on the same kind of machine."""
-    # cuBLAS needs it set before its first call:
-    # https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # these layers are too small to share out, and sums keep one order
-
-
-@torch.inference_mode()
-def measure(model: nn.Module, split: DeviceSplit) -> tuple[float, float]:
-    """Return mean cross-entropy (nats) and accuracy (0 to 1) over a split, in eval mode.
-
-    Every module is in its mode of before when this returns, and the running statistics have not
-    moved: that is checked, not assumed.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    loss = 0.0
-    correct = 0
-    with statistics_untouched(model):
-        for start in range(0, len(split.labels), EVALUATION_BATCH):
-            labels = split.labels[start : start + EVALUATION_BATCH]
-            logits = model(split.inputs[start : start + EVALUATION_BATCH])
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int((logits.argmax(dim=1) == labels).sum())
-    for module, training in modes.items():
-        module.training = training
-    return loss / len(split.labels), correct / len(split.labels)
-
-
-def batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield one epoch's shuffled batches as int64 ``[batch_size]`` indices, the remainder dropped.
-
-    The order comes from a CPU generator, so it is the same on every device and, from the same
-    seed, for both networks.
-    """
-    order = torch.randperm(n, generator=generator)
-    yield from order[: n - n % batch_size].view(-1, batch_size)
-
-
-def fit(
-    model: nn.Module,
-    train: DeviceSplit,
-    valid: DeviceSplit,
-    params: "TrainParams",
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
-) -> list[Epoch]:
-    """Train with cross-entropy and Adam (Kingma & Ba 2015) and return the learning curve.
+def work(variant: str, tell: Tell) -> None:
+    """Train one network; write its weights, learning curve and last epoch's metrics.
 
     Args:
-        model: on the splits' device; trained in place and left in eval mode.
-        train: what to learn from; it needs at least one whole batch.
-        valid: what to watch.
-        params: epochs, batch size, step size and the seed of the batches' order.
-        on_epoch: called with each epoch's row as the epoch ends.
-
-    Raises:
-        CheckFailedError: The loss is no longer finite.
-        UserError: There are fewer training images than one batch.
+        variant: ``bn`` or ``plain``.
+        tell: takes the events that `Training.hear` understands.
     """
-    steps = len(train.labels) // params.batch_size
-    if steps == 0:
-        raise UserError(
-            f"params.yaml: train.batch_size: {params.batch_size} is more than the "
-            f"{len(train.labels)} training images"
-        )
-    optimizer = torch.optim.Adam(model.parameters(), lr=params.lr, fused=True)
-    generator = torch.Generator().manual_seed(params.seed)
-    curve: list[Epoch] = []
-    with tqdm(total=params.epochs * steps, unit="step", disable=None) as progress:
-        for number in range(1, params.epochs + 1):
-            model.train()
-            for step, batch in enumerate(batches(len(train.labels), params.batch_size, generator)):
-                index = batch.to(train.labels.device)
-                logits, labels = model(train.inputs[index]), train.labels[index]
-                loss = F.cross_entropy(logits, labels)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                if not progress.disable and step % PROGRESS_STEPS == 0:
-                    progress.set_description(f"epoch {number}/{params.epochs}")
-                    right = (logits.argmax(dim=1) == labels).float().mean()
-                    progress.set_postfix(
-                        loss=f"{loss.item():.3f}", accuracy=f"{right.item():.2f}", refresh=False
-                    )
-                progress.update()
-            epoch = Epoch(number, *measure(model, train), *measure(model, valid))
-            if not math.isfinite(epoch.train_loss + epoch.valid_loss):
-                raise CheckFailedError(
-                    f"the loss is no longer finite after epoch {number} "
-                    f"(lr {params.lr}): lower train.lr in params.yaml"
-                )
-            tqdm.write(
-                f"epoch {number:>{len(str(params.epochs))}}/{params.epochs}"
-                f"  train loss {epoch.train_loss:.4f} accuracy {epoch.train_accuracy:.4f}"
-                f"  valid loss {epoch.valid_loss:.4f} accuracy {epoch.valid_accuracy:.4f}",
-                file=sys.stderr,
-            )
-            curve.append(epoch)
-            on_epoch(epoch)
-    model.eval()
-    return curve
-
-
-def write_curve(path: Path, curve: list[Epoch]) -> None:
-    """Write the learning curve as CSV, one row an epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Epoch)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(epoch) for epoch in curve)
-    write_text(path, text.getvalue())
-
-
-def architecture(variant: str, params: "TrainParams") -> Architecture:
-    """Return the network that ``variant`` and the parameters mean."""
-    return Architecture(
-        widths=(SIDE * SIDE, *params.hidden, CLASSES),
-        batch_norm=variant == "bn",
-        bn_momentum=params.bn_momentum,
-        bn_eps=params.bn_eps,
-    )
-
-
-@click.command()
-@click.argument("variant", type=click.Choice(VARIANTS))
-def command(variant: str) -> None:
-    """Train one network; write its weights, learning curve and last epoch's metrics."""
-    from mnist_batchnorm.params import load_params
-    from mnist_batchnorm.tracking import live_run
-
+    gc.disable()  # a fifth of the time that PyTorch takes to import; see cli.py
     params = load_params().train
-    device = resolve_device(params.device)
-    make_deterministic()
-    click.echo(f"training {variant} on {describe_device(device)}", err=True)
+    if params.portable:
+        from mnist_batchnorm.portable import make_portable
 
-    train_file, valid_file = PREPARED / "train.safetensors", PREPARED / "valid.safetensors"
-    train, valid = (DeviceSplit.load(path, device) for path in (train_file, valid_file))
+        make_portable()
+    from mnist_batchnorm.fit import (
+        DeviceSplit,
+        architecture,
+        describe_device,
+        fit,
+        make_deterministic,
+        resolve_device,
+        steps_per_epoch,
+    )
+    from mnist_batchnorm.model import Checkpoint, save_checkpoint
+    from mnist_batchnorm.resume import Unfinished, identity
+
+    gc.enable()
+    device = resolve_device("cpu" if params.portable else params.device)
+    make_deterministic()
+    train, valid = (DeviceSplit.load(path, device) for path in SPLITS.values())
+    asked = params.model_dump(mode="json", exclude={"device"})  # auto or cpu: the same
+    unfinished = Unfinished(variant, identity({"variant": variant, **asked}, SPLITS, device))
+    tell(
+        {
+            "device": str(device),
+            "described": describe_device(device),
+            "steps": steps_per_epoch(len(train.labels), params.batch_size),
+            "epochs": params.epochs,
+            "checkpoint": str(unfinished.path),
+        }
+    )
     network = architecture(variant, params)
     model = network.build(params.seed).to(device)
-    with live_run(variant, device=str(device)) as run:
-        curve = fit(model, train, valid, params, on_epoch=run.log_epoch)
-
+    curve = fit(
+        model,
+        train,
+        valid,
+        params,
+        on_epoch=lambda epoch: tell({"row": asdict(epoch), "kept": unfinished.epochs}),
+        progress=lambda taken: tell({"taken": taken}),
+        unfinished=unfinished,
+    )
     provenance = {
         "variant": variant,
-        "train_sha256": digest(train_file),
-        "params": params.model_dump(mode="json", exclude={"device"}),  # auto or cpu: the same
+        "train_sha256": digest(SPLITS["train"]),
+        "params": asked,
         "device": device.type,
     }
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -235,8 +102,206 @@ def command(variant: str) -> None:
     write_json(REPORTS / f"metrics/train-{variant}.json", last)
 
 
-def describe_device(device: torch.device) -> str:
-    """Name a device for people: ``cpu`` or ``cuda:0 (NVIDIA …)``."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
+def write_curve(path: Path, curve: "Sequence[Epoch]") -> None:
+    """Write the learning curve as CSV, one row an epoch."""
+    text = io.StringIO()
+    rows = [asdict(epoch) for epoch in curve]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def main(variant: str) -> int:
+    """Run `work`, tell its events on standard output, and its errors as the last of them."""
+    # whatever a library prints is not for the reader of events
+    with os.fdopen(os.dup(1), "wb", buffering=0) as events:
+        os.dup2(2, 1)
+
+        def tell(event: dict[str, Any]) -> None:
+            events.write(json.dumps(event).encode() + b"\n")
+
+        try:
+            work(variant, tell)
+        except (UserError, CheckFailedError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, BrokenPipeError):  # who started this is gone
+                return 1
+            known = as_users_mistake(error)
+            if known is None:
+                raise
+            tell({"error": type(known).__name__, "message": str(known)})
+            return 1
+    return 0
+
+
+# --- the process that shows them ------------------------------------------------------------------
+
+
+class Training:
+    """One network's process, as seen from here.
+
+    Attributes:
+        variant: ``bn`` or ``plain``.
+        process: trains it.
+        events: what it tells, closed with its end.
+        checkpoint: file of its state after the last whole epoch; empty until it is known.
+        kept: how many epochs that file holds.
+        error: what ended it.
+    """
+
+    def __init__(self, variant: str) -> None:
+        """Start it."""
+        self.variant = variant
+        self.checkpoint = ""
+        self.kept = 0
+        self.error: Exception | None = None
+        self._epochs = 0
+        # -P: import the installed package, whatever lies in the working directory. A session of
+        # its own: Ctrl-C is for this process, which stops that one.
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-P", "-m", "mnist_batchnorm.train", variant],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.events = self.process.stdout
+
+    def hear(self, event: dict[str, Any], tracker: LiveRuns, bar: "tqdm[Any]") -> None:
+        """Show and record what it tells."""
+        match event:
+            case {"taken": taken}:
+                bar.update(taken)
+            case {"row": row, "kept": kept}:
+                self.kept = kept
+                tqdm.write(
+                    f"{self.variant:5}  epoch {row['epoch']:>{len(str(self._epochs))}}"
+                    f"/{self._epochs}"
+                    f"  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}"
+                    f"  valid loss {row['valid_loss']:.4f} accuracy {row['valid_accuracy']:.4f}",
+                    file=sys.stderr,
+                )
+                tracker.log_epoch(self.variant, row)
+            case {"device": device, "described": described, "epochs": epochs, "steps": steps}:
+                self._epochs = epochs
+                self.checkpoint = event["checkpoint"]
+                bar.total += epochs * steps
+                tqdm.write(f"training {self.variant} on {described}", file=sys.stderr)
+                tracker.begin(self.variant, device)
+            case {"error": "UserError", "message": message}:
+                self.error = UserError(message)
+            case {"error": _, "message": message}:
+                self.error = CheckFailedError(message)
+
+    def ended(self, tracker: LiveRuns) -> None:
+        """Find out how it ended."""
+        status = self.process.wait()
+        self.events.close()
+        tracker.end(self.variant, "FAILED" if status else "FINISHED")
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+            self.error = CheckFailedError(f"its process was ended by {name}{hint}")
+        elif status and not self.error:
+            self.error = CheckFailedError(f"its process ended with status {status}")
+
+    def stop(self) -> None:
+        """Stop it at once, wherever it is: its files are whole at every moment.
+
+        Not by SIGINT, an exception, which PyTorch swallows while it imports NumPy.
+        """
+        self.process.kill()  # of no effect when it has ended by itself
+        self.process.wait()
+        self.events.close()
+
+    def where(self) -> str:
+        """Say where the same command would go on."""
+        if not self.checkpoint:
+            return f"{self.variant} had not begun"
+        if not self.kept:
+            return f"{self.variant} has no whole epoch yet"
+        return f"{self.variant} goes on after epoch {self.kept}, from {self.checkpoint}"
+
+
+def told(trainings: Sequence[Training]) -> Iterator[tuple[Training, dict[str, Any]]]:
+    """Yield what the processes tell, as it comes, until all have ended."""
+    with selectors.DefaultSelector() as selector:
+        rest = dict.fromkeys(trainings, b"")
+        for training in trainings:
+            selector.register(training.events, selectors.EVENT_READ, training)
+        while selector.get_map():
+            for key, _ in selector.select():
+                training = key.data
+                chunk = os.read(key.fd, 1 << 16)
+                *lines, rest[training] = (rest[training] + chunk).split(b"\n")
+                for line in lines:
+                    yield training, json.loads(line)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                    yield training, {"ended": True}
+
+
+def train(variants: Sequence[str], tracker: LiveRuns) -> None:
+    """Train networks side by side, each to its files; one that fails does not stop the other.
+
+    Raises:
+        CheckFailedError: A loss is no longer finite, or a process was ended.
+        UserError: A network could not be trained for another reason.
+        KeyboardInterrupt: After all have been stopped.
+    """
+    trainings = [Training(variant) for variant in variants]
+    with tqdm(total=0, unit="step", disable=None) as bar:
+        try:
+            for training, event in told(trainings):
+                if "ended" in event:
+                    training.ended(tracker)
+                else:
+                    training.hear(event, tracker, bar)
+        except BaseException as error:
+            for training in trainings:
+                training.stop()
+            if isinstance(error, KeyboardInterrupt):
+                bar.close()
+                for training in trainings:
+                    click.echo(training.where(), err=True)
+            raise
+    if failed := [training for training in trainings if training.error]:
+        mistake = all(isinstance(training.error, UserError) for training in failed)
+        text = "\n".join(
+            f"{training.variant}: {training.error}"
+            + (f"; {training.where()}" if training.kept else "")
+            for training in failed
+        )
+        raise (UserError if mistake else CheckFailedError)(text)
+    for training in trainings:
+        discard(Path(training.checkpoint))
+
+
+@click.command()
+@click.argument("variants", nargs=-1, type=click.Choice(VARIANTS), metavar="[bn] [plain]")
+@click.option(
+    "--seeds", type=click.IntRange(2, 10_000), metavar="N", help="Seeds 0 to N-1; see below."
+)
+def command(variants: tuple[str, ...], seeds: int | None) -> None:
+    """Train the networks; write their weights, learning curves and last epochs' metrics.
+
+    Both at once, or those named. What is interrupted goes on after its last whole epoch when the
+    same command runs again, to the same result, bit for bit.
+
+    With --seeds, train both from N seeds instead, as one computation each, and write how far their
+    accuracies differ to reports/metrics/seeds.json, as `mnist-bn seeds` does.
+    """
+    if seeds and variants:
+        raise click.UsageError("--seeds trains both networks: leave their names out")
+    load_params()  # so that a mistake in it is told once
+    if seeds:
+        from mnist_batchnorm.seeds import run
+
+        run(seeds)
+        return
+    with live_runs() as tracker:
+        train(list(dict.fromkeys(variants or VARIANTS)), tracker)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from mnist_batchnorm.dataset import CLASSES, Split, load_split, network_input, save_split
 from mnist_batchnorm.files import digest
+from mnist_batchnorm.fit import DeviceSplit, architecture, fit, make_deterministic, resolve_device
 from mnist_batchnorm.model import Checkpoint, save_checkpoint
 from mnist_batchnorm.params import TrainParams
 from mnist_batchnorm.regress import (
@@ -22,7 +23,6 @@ from mnist_batchnorm.regress import (
     margins,
     save_goldens,
 )
-from mnist_batchnorm.train import DeviceSplit, architecture, fit, make_deterministic, resolve_device
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint.safetensors"
@@ -40,6 +40,7 @@ PARAMS = TrainParams(
     bn_momentum=0.1,
     bn_eps=1e-2,  # not ONNX's default 1e-5, so that an export that loses it shows
     device="cpu",
+    portable=False,
 )
 
 # Images of each digit: the first of the file, and those nearest to the decision boundary. Last,
