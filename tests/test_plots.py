@@ -1,6 +1,8 @@
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm import plots
-from mnist_batchnorm.results import Histogram, LayerStatistics
+from mnist_batchnorm.results import Histogram, LayerStatistics, SeedMetrics, SeedRuns
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -60,6 +62,66 @@ def test_curves_at_the_edge_are_drawn(
     curves: dict[str, dict[str, plots.Floats]], measure: plots.Measure
 ) -> None:
     assert "batch norm" in texts(plots.learning_curve(curves, "train", measure, "train"))
+
+
+def seed_runs(count: int, epochs: int = 3, gain: float = 0.015) -> SeedRuns:
+    values = {
+        name: 0.95 + 0.001 * np.arange(count) + (gain if name == "bn" else 0) for name in CURVES
+    }
+
+    def moments(of: Any) -> dict[str, Any]:
+        return {"mean": of.mean(), "sd": of.std(ddof=1), "values": of.tolist()}
+
+    content = {
+        "seeds": count,
+        "device": "cpu",
+        **{
+            n: {"test_accuracy": moments(v), "test_loss": moments(1 - v)} for n, v in values.items()
+        },
+        "bn_minus_plain": {
+            "test_accuracy": moments(values["bn"] - values["plain"])
+            | {"interval_95": (gain - 0.001, gain + 0.002)}
+        },
+    }
+    epoch = np.arange(1.0, epochs + 1)
+    curves = {
+        name: {"valid_accuracy": v[:, None] - 0.01 / epoch, "valid_loss": (2 - v)[:, None] / epoch}
+        for name, v in values.items()
+    }
+    return SeedRuns(SeedMetrics.model_validate(content), epoch, curves)
+
+
+def strokes(svg: str, width: float) -> Counter[str]:
+    """How many lines of this width there are in each colour."""
+    styles = [path.get("style", "") for path in ElementTree.fromstring(svg).iter(f"{SVG}path")]
+    found = (re.match(r"fill: none; .*stroke: (#\w+)", s) for s in styles if f"width: {width}" in s)
+    return Counter(match[1] for match in found if match)
+
+
+def test_every_seed_is_a_thin_line_their_mean_a_thick_one_and_each_pair_is_joined() -> None:
+    svg = plots.seeds(seed_runs(7), "valid")
+    assert strokes(svg, 0.6) == {plots.BATCH_NORM: 7, plots.PLAIN: 7}
+    assert strokes(svg, 2.4) == {plots.BATCH_NORM: 1, plots.PLAIN: 1}
+    assert strokes(svg, 0.7)[plots.MUTED] == 7
+    found = texts(svg)
+    assert "Accuracy, valid: 7 seeds" in found
+    for label, mean, end in (("batch norm", "96.5", "96.80"), ("plain", "95.0", "95.30")):
+        assert found[found.index(label) + 1] == f"mean {mean}"
+        assert found[found.index(end) + 1] == "± 0.22"
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (0.015, "mean +1.50 points, 95 % interval +1.40 to +1.70"),
+        (-0.0005, "mean -0.05 points, 95 % interval -0.15 to +0.15"),
+    ],
+)
+def test_picture_of_seeds_states_the_difference_and_its_interval(gain: float, said: str) -> None:
+    svg = plots.seeds(seed_runs(2, epochs=1, gain=gain), "valid")
+    title = ElementTree.fromstring(svg).findtext(f"{SVG}title") or ""
+    assert said in title.replace("\N{MINUS SIGN}", "-")
+    assert said.split(", ")[1] in [text.replace("\N{MINUS SIGN}", "-") for text in texts(svg)]
 
 
 def test_networks_differ_by_more_than_colour() -> None:

@@ -35,7 +35,7 @@ from mnist_batchnorm.report import (
 )
 from mnist_batchnorm.results import read_confusion, read_results
 from tests.conftest import ROOT, MnistBn
-from tests.finished import MEASURED, finish, write_parity
+from tests.finished import MEASURED, finish, write_parity, write_seeds
 
 LINKS = {"https://arxiv.org/abs/1502.03167", "https://arxiv.org/abs/1706.04599"}
 PICTURES = {
@@ -44,6 +44,7 @@ PICTURES = {
     "valid-loss",
     "valid-accuracy",
     "curves",
+    "seeds",
     "confusion-bn",
     "confusion-plain",
     "calibration",
@@ -246,6 +247,33 @@ def test_page_and_card_show_the_metrics(run: Path, page: Page) -> None:
     assert "onnxruntime 1.32.0" in card
 
 
+def test_page_and_card_show_the_figures_over_seeds(run: Path, page: Page) -> None:
+    text = page.text.replace("\xa0", " ")
+    assert "trained from seeds 0 to 1 as well. Those of one seed" in text
+    assert "batch norm is ahead in 2 of 2." in text
+    assert "batch norm 2 96.55 ± 0.07 96.50 96.60 plain 2 95.06 ± 0.08 95.00 95.12" in text
+    assert "difference, in pairs 2 +1.49 ± 0.01 +1.48 +1.50 +1.36 to +1.62" in text
+    assert "seeds trained on cpu" in text
+    card = " ".join((run / "reports/model_card.md").read_text().split())
+    assert (
+        "Over seeds 0 to 1 (n = 2, mean ± sd) the accuracy in % is 96.55 ± 0.07 with batch norm "
+        "and 95.06 ± 0.08 without; the difference, in pairs of the same seed, is +1.49 ± 0.01 "
+        "points (95 % interval of the mean +1.36 to +1.62)." in card
+    )
+
+
+def test_page_of_many_seeds_where_plain_is_ahead(finished: Path) -> None:
+    write_seeds(finished, count=32, epochs=1, gain=-0.001)
+    report(read_results(), Path("reports"))
+    html = (finished / "reports/index.html").read_text()
+    assert len(html.encode()) < 700_000
+    page = Page(html)
+    assert "from seeds 0 to 31 as well" in page.text
+    assert "batch norm is ahead in 0 of 32." in page.text
+    text = page.text.replace("\N{MINUS SIGN}", "-")
+    assert "difference, in pairs 32 -0.11 ± 0.01 -0.12 -0.10 -0.11 to -0.11" in text
+
+
 HOSTILE = "<script>alert('x')</script> | `b` [a](https://example.org)"
 
 
@@ -333,7 +361,7 @@ def test_hostile_text_stays_text(troubled: tuple[Path, Result]) -> None:
 
 def test_lecture_protocol_labels_valid_as_the_test_images(troubled: tuple[Path, Result]) -> None:
     reports, _ = troubled
-    for name in ("index.html", "plots/valid-loss.svg", "plots/curves.svg"):
+    for name in ("index.html", "plots/valid-loss.svg", "plots/curves.svg", "plots/seeds.svg"):
         assert "valid (= test images)" in (reports / name).read_text()
     assert "(= test images)" not in (reports / "plots/train-loss.svg").read_text()
 

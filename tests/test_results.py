@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ MADE_BY = {
     "reports/metrics/data.json": "prepare",
     "reports/metrics/train-plain.json": "train",
     "reports/metrics/test-bn.json": "evaluate",
+    "reports/metrics/seeds.json": "seeds",
+    "reports/curves/seeds.csv": "seeds",
     "reports/curves/bn.csv": "train",
     "reports/confusion/plain.csv": "evaluate",
     "reports/predictions/bn.csv": "evaluate",
@@ -76,6 +79,13 @@ def test_reads_what_the_stages_write() -> None:
             digit: right[found.test.labels == digit].mean() for digit in range(10)
         }
         assert network.curve["epoch"].tolist() == [1, 2, 3]
+    assert found.seeds.metrics.difference.values == pytest.approx([0.015, 0.0148])
+    assert found.seeds.epoch.tolist() == [1, 2, 3]
+    for variant, seed_curves in found.seeds.curves.items():
+        gain = 0.015 if variant == "bn" else 0
+        expected = [[0.95 + gain + 0.001 * s - 0.01 / e for e in (1, 2, 3)] for s in (0, 1)]
+        assert seed_curves["valid_accuracy"] == pytest.approx(np.array(expected))
+        assert seed_curves["valid_loss"].shape == (2, 3)
     assert list(found.layers) == ["bn1", "bn2"]
     assert found.layers["bn1"].mean.shape == (32,)
     assert (found.layers["bn1"].deviation > 0).all()
@@ -103,6 +113,58 @@ def test_predictions_for_other_images_are_refused(finished: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"plain\.csv is about other images"):
         read_results()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: lines[:1],
+        lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]],
+        lambda lines: [lines[0], *lines[7:], *lines[1:7]],
+        lambda lines: [line.replace("bn,1,", "bn,2,") for line in lines],
+    ],
+    ids=["cut short", "of one run", "other order", "plain first", "other seeds"],
+)
+def test_curves_of_other_seeds_are_refused(
+    finished: Path, change: Callable[[list[str]], list[str]]
+) -> None:
+    path = finished / "reports/curves/seeds.csv"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 13
+    kept = change(lines) if len(change(lines)) > 1 else lines[:2]
+    path.write_text("\n".join(kept) + "\n")
+    with pytest.raises(UserError, match=r"seeds\.csv is about other runs .*run `dvc repro seeds`"):
+        results.read_seeds()
+
+
+def test_curve_of_an_unknown_network_is_refused(finished: Path) -> None:
+    path = finished / "reports/curves/seeds.csv"
+    path.write_text(path.read_text().replace("plain", "fancy"))
+    with pytest.raises(UserError, match=r"seeds\.csv is not what .* writes: .*'fancy'"):
+        results.read_seeds()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"seeds": 2', '"seeds": 3', "Value error, 3 seeds and 2 values do not fit"),
+        ('"seeds": 2', '"seeds": 1', "seeds: Input should be greater than"),
+        ('"mean": 0.9', '"mean": null, "x": 0.9', r"test_accuracy\.mean"),
+        ('"sd": 0.0', '"sd": NaN, "x": 0.0', r"test_accuracy\.sd: Input should be a finite"),
+        ('"interval_95"', '"interval"', r"bn_minus_plain\.test_accuracy\.interval_95"),
+        ('"device"', '"machine"', "device: Field required"),
+    ],
+)
+def test_malformed_figures_over_seeds_are_refused(
+    finished: Path, old: str, new: str, problem: str
+) -> None:
+    path = finished / "reports/metrics/seeds.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=rf"seeds\.json is not .* writes: .*{problem}"):
+        results.read_seeds()
 
 
 def test_checkpoint_without_a_statistic_is_refused(finished: Path) -> None:

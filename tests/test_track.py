@@ -1,5 +1,6 @@
 """The last stage makes MLflow hold what the files hold, however often it runs."""
 
+import csv
 import json
 import shutil
 import time
@@ -7,14 +8,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
+from mnist_batchnorm.layout import VARIANTS
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.parity import Check
 from mnist_batchnorm.results import read_confusion
-from mnist_batchnorm.runs import Origin, Runs, curve_points
+from mnist_batchnorm.runs import PARENT_TAG, Origin, Runs, curve_points
 from tests import store
 from tests.conftest import MnistBn
 from tests.finished import finish, write_parity
@@ -22,7 +25,7 @@ from tests.finished import finish, write_parity
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
 
-PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn-folded")
+PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn-folded", "seeds")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +52,19 @@ def folder(project: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def runs_by_variant(folder: Path) -> "dict[str, Run]":
-    found = store.all_runs(folder)
+    """The training runs."""
+    found = [run for run in store.all_runs(folder) if store.stage_of(run) == "train"]
     by_variant = {run.data.tags["mnist_bn.variant"]: run for run in found}
     assert len(by_variant) == len(found), "more than one run of a network"
     return by_variant
+
+
+def runs_of_seeds(folder: Path) -> "dict[str, Run]":
+    """The runs of stage seeds by name."""
+    found = [run for run in store.all_runs(folder) if store.stage_of(run) == "seeds"]
+    by_name = {run.info.run_name: run for run in found}
+    assert len(by_name) == len(found)
+    return by_name
 
 
 def artefacts(folder: Path, run: "Run") -> dict[str, bytes]:
@@ -125,6 +137,58 @@ def test_parity_and_models_are_those_of_batch_norm(folder: Path, mnist_bn: Mnist
     assert "parity" not in runs["plain"].data.tags
     assert not [name for name in runs["plain"].data.metrics if "parity" in name]
     assert {model.source_run_id for model in models(folder)} == {runs["bn"].info.run_id}
+
+
+def test_runs_of_seeds_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
+    done = mnist_bn("track")
+    found = runs_of_seeds(folder)
+    parent = found.pop("workspace/seeds")
+    assert f"seeds: MLflow run {parent.info.run_id}" in done.out
+    summary = json.loads((folder / "reports/metrics/seeds.json").read_text())
+    gain = summary["bn_minus_plain"]["test_accuracy"]
+    assert parent.data.metrics == {
+        **{
+            f"seeds/{variant}_{measure}_{figure}": summary[variant][measure][figure]
+            for variant in VARIANTS
+            for measure in ("test_accuracy", "test_loss")
+            for figure in ("mean", "sd")
+        },
+        "seeds/bn_minus_plain_test_accuracy_mean": gain["mean"],
+        "seeds/bn_minus_plain_test_accuracy_sd": gain["sd"],
+        "seeds/bn_minus_plain_test_accuracy_low": gain["interval_95"][0],
+        "seeds/bn_minus_plain_test_accuracy_high": gain["interval_95"][1],
+    }
+    assert parent.info.status == "FINISHED"
+    assert artefacts(folder, parent) == {
+        name: (folder / "reports" / name).read_bytes()
+        for name in ("plots/seeds.svg", "metrics/seeds.json", "curves/seeds.csv")
+    }
+    with (folder / "reports/curves/seeds.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert found.keys() == {f"workspace/seeds/{row['variant']}-{row['seed']}" for row in rows}
+    for name, run in found.items():
+        variant, _, seed = name.removeprefix("workspace/seeds/").partition("-")
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert (run.data.params["variant"], run.data.params["train.seed"]) == (variant, seed)
+        own = [row for row in rows if (row["variant"], row["seed"]) == (variant, seed)]
+        for measure in ("valid_loss", "valid_accuracy"):
+            expected = [(int(row["epoch"]), float(row[measure])) for row in own]
+            assert store.history(folder, run, f"seed_curves/{measure}") == expected
+        for measure in ("accuracy", "loss"):
+            values = summary[variant][f"test_{measure}"]["values"]
+            assert run.data.metrics[f"seed_test/{measure}"] == values[int(seed)]
+
+
+def test_runs_of_seeds_share_no_metric_with_the_training_runs(
+    folder: Path, mnist_bn: MnistBn
+) -> None:
+    mnist_bn("track")
+    trained, seeds = runs_by_variant(folder).values(), runs_of_seeds(folder).values()
+    prefixes = [
+        {name.partition("/")[0] for run in runs for name in run.data.metrics}
+        for runs in (trained, seeds)
+    ]
+    assert not prefixes[0] & prefixes[1]
 
 
 def test_what_the_gate_could_not_measure_is_no_metric(folder: Path, mnist_bn: MnistBn) -> None:
@@ -225,7 +289,7 @@ def test_hiccup_of_the_server_is_no_trouble(
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    create, outcomes = MlflowClient.create_run, iter([ConnectionResetError(), None, None])
+    create, outcomes = MlflowClient.create_run, iter([ConnectionResetError(), *[None] * 6])
 
     def answer_lost(*arguments: Any, **keywords: Any) -> "Run":
         run = create(*arguments, **keywords)
@@ -244,7 +308,11 @@ def test_experiment_gives_its_name_to_the_runs(
     monkeypatch.setenv("DVC_EXP_NAME", "slower")
     mnist_bn("track")
     runs = store.all_runs(folder)
-    assert {run.info.run_name for run in runs} == {"slower/bn", "slower/plain"}
+    assert {run.info.run_name for run in runs if PARENT_TAG not in run.data.tags} == {
+        "slower/bn",
+        "slower/plain",
+        "slower/seeds",
+    }
     assert {run.data.tags["dvc.exp_name"] for run in runs} == {"slower"}
 
 
@@ -255,7 +323,13 @@ def test_it_says_where_to_compare(folder: Path, mnist_bn: MnistBn) -> None:
         "compare them: make ui (port 5000 unless PORT= says otherwise), "
         f"http://127.0.0.1:5000/#/experiments/{experiment}/runs"
         "?workflowType=machine_learning&compareRunsMode=CHART"
+        "&searchFilter=tags.dvc.stage%20%3D%20%27train%27"
     )
+    query = unquote(last.rpartition("searchFilter=")[2])
+    found = store.client(folder).search_runs([experiment], query)
+    assert {run.info.run_id for run in found} == {
+        run.info.run_id for run in runs_by_variant(folder).values()
+    }
 
 
 def record(folder: Path) -> Any:
@@ -266,7 +340,8 @@ def test_record_is_about_the_content_only(folder: Path, mnist_bn: MnistBn) -> No
     mnist_bn("track")
     first = (folder / "reports/tracked.json").read_bytes()
     keys = {v: run.data.tags["mnist_bn.key"] for v, run in runs_by_variant(folder).items()}
-    assert {variant: entry["key"] for variant, entry in record(folder).items()} == keys
+    keys["seeds"] = runs_of_seeds(folder)["workspace/seeds"].data.tags["mnist_bn.key"]
+    assert {name: entry["key"] for name, entry in record(folder).items()} == keys
     (folder / "mlflow.db").write_bytes(store.empty_database())
     mnist_bn("track")
     assert (folder / "reports/tracked.json").read_bytes() == first
@@ -278,6 +353,7 @@ def test_record_is_about_the_content_only(folder: Path, mnist_bn: MnistBn) -> No
         ("reports/index.html", {"bn", "plain"}),
         ("reports/plots/confusion-plain.svg", {"plain"}),
         ("reports/metrics/test-bn.json", {"bn"}),
+        ("reports/plots/seeds.svg", {"seeds"}),
     ],
 )
 def test_record_differs_where_the_results_do(
@@ -325,6 +401,9 @@ def test_bad_server_is_a_warning(
         ("models/bn.onnx", "export"),
         ("reports/index.html", "report"),
         ("reports/plots", "report"),
+        ("reports/plots/seeds.svg", "report"),
+        ("reports/curves/seeds.csv", "seeds"),
+        ("reports/metrics/seeds.json", "seeds"),
     ],
 )
 def test_missing_input_names_the_stage(

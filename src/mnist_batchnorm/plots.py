@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-    from mnist_batchnorm.results import Histogram, LayerStatistics
+    from mnist_batchnorm.results import Histogram, LayerStatistics, SeedRuns
 
 Floats = npt.NDArray[np.float64]
 Curves = Mapping[str, Mapping[str, Floats]]
@@ -158,6 +158,107 @@ def _draw_curves(axes: Axes, curves: Curves, split: str, measure: Measure, title
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
     axes.set(title=title, xlabel="epoch", ylabel=UNITS[measure])
+
+
+def seeds(runs: "SeedRuns", split_label: str) -> str:
+    """Draw both networks from every seed: valid accuracy by epoch, and test accuracy in pairs.
+
+    Args:
+        runs: of stage seeds.
+        split_label: what valid is called in the title.
+    """
+    difference = runs.metrics.difference
+    low, high = difference.interval_95
+    gain = (
+        f"batch norm \N{MINUS SIGN} plain: mean {points(difference.mean)} points, "
+        f"95 % interval {points(low)} to {points(high)}"
+    )
+    with _style():
+        figure = Figure(figsize=(9.2, 3.7), layout="constrained")
+        curves, pairs = figure.subplots(1, 2, width_ratios=(1.2, 1))
+        _draw_seed_curves(curves, runs, split_label)
+        _draw_pairs(pairs, runs)
+        pairs.set_xlabel(gain.replace(", ", ",\n", 1))
+        return _svg(
+            figure,
+            f"Valid accuracy by epoch and test accuracy from {runs.metrics.seeds} seeds, {gain}",
+        )
+
+
+def _draw_seed_curves(axes: Axes, runs: "SeedRuns", split_label: str) -> None:
+    ends = {name: float(of["valid_accuracy"][:, -1].mean()) for name, of in runs.curves.items()}
+    upper = max(ends, key=lambda name: ends[name])
+    for name, curves in runs.curves.items():
+        look, accuracy = LOOKS[name], 100 * curves["valid_accuracy"]
+        axes.plot(runs.epoch, accuracy.T, color=look.colour, linewidth=0.6, alpha=0.4)
+        axes.plot(
+            runs.epoch,
+            accuracy.mean(axis=0),
+            color=look.colour,
+            linestyle=look.line,
+            linewidth=2.4,
+            marker=look.marker,
+            markeredgecolor=SURFACE,
+            markeredgewidth=0.6,
+        )
+        axes.annotate(
+            f"{look.label}\nmean {100 * ends[name]:.1f}",
+            (runs.epoch[-1], 100 * ends[name]),
+            xytext=(6, 1 if name == upper else -1),
+            textcoords="offset points",
+            color=look.colour,
+            va="bottom" if name == upper else "top",
+            linespacing=1.1,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(visible=False, axis="x")
+    axes.set(
+        title=f"Accuracy, {split_label}: {runs.metrics.seeds} seeds",
+        xlabel="epoch",
+        ylabel=UNITS["accuracy"],
+    )
+
+
+def _draw_pairs(axes: Axes, runs: "SeedRuns") -> None:
+    order = list(reversed(LOOKS))  # from plain to batch norm: what batch norm adds goes up
+    accuracy = {name: runs.metrics[name].test_accuracy for name in order}
+    values = 100 * np.array([accuracy[name].values for name in order])
+    axes.plot(range(len(order)), values, color=MUTED, linewidth=0.7, alpha=0.6, zorder=1)
+    for place, name in enumerate(order):
+        look, mean = LOOKS[name], 100 * accuracy[name].mean
+        axes.plot(
+            np.full(values.shape[1], place),
+            values[place],
+            color=look.colour,
+            linestyle="none",
+            marker=look.marker,
+            markersize=5,
+            markeredgecolor=SURFACE,
+            markeredgewidth=0.6,
+        )
+        side = 1 if place else -1
+        axes.plot([place + 0.06 * side, place + 0.2 * side], [mean, mean], color=look.colour)
+        axes.annotate(
+            f"{mean:.2f}\n± {100 * accuracy[name].sd:.2f}",
+            (place + 0.23 * side, mean),
+            color=look.colour,
+            ha="left" if place else "right",
+            va="center",
+            linespacing=1.2,
+        )
+    axes.set_xticks(range(len(order)), [LOOKS[name].label for name in order])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
+    axes.set(
+        title="Accuracy, test: a line a seed",
+        ylabel=UNITS["accuracy"],
+        xlim=(-0.75, len(order) - 0.25),
+    )
+
+
+def points(share: float) -> str:
+    """Write a difference of shares in percentage points, signed: 0.0108 as ``+1.08``."""
+    return f"{100 * share:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def confusion(matrix: npt.NDArray[np.int64], strongest: int, title: str) -> str:

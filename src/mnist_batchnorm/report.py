@@ -20,7 +20,7 @@ from mnist_batchnorm.dataset import CLASSES
 from mnist_batchnorm.files import write_text
 from mnist_batchnorm.layout import REPORTS
 from mnist_batchnorm.params import Params
-from mnist_batchnorm.results import Floats, Results, read_results
+from mnist_batchnorm.results import Floats, Moments, Results, read_results
 
 NAMES = {variant: look.label for variant, look in plots.LOOKS.items()}
 SHOWN_MISTAKES = 12
@@ -118,6 +118,7 @@ def draw(results: Results) -> dict[str, str]:
         for measure in measures
     }
     pictures["curves"] = plots.overview(curves, labels)
+    pictures["seeds"] = plots.seeds(results.seeds, labels["valid"])
     strongest = most_confused(results)
     for variant, network in results.networks.items():
         title = f"{NAMES[variant]}: {network.test.errors:,} errors in {len(results.test):,}"
@@ -283,7 +284,8 @@ def render(results: Results, pictures: Mapping[str, str]) -> dict[str, str]:
     environment.filters |= {
         "measured": measured,
         "percent": percent,
-        "points": points,
+        "spread": spread,
+        "points": plots.points,
         "plain_text": plain_text,
     }
     summary = summarize(results)
@@ -311,9 +313,10 @@ def percent(share: float | None) -> str:
     return "not measured" if share is None else f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
 
 
-def points(share: float) -> str:
-    """Write a difference of shares in percentage points, signed: 0.0108 as ``+1.08``."""
-    return f"{100 * share:+.2f}".replace("-", "\N{MINUS SIGN}")
+def spread(moments: Moments, sign: str = "") -> str:
+    """Write a share over seeds as mean ± sd in percent or points: ``97.23 ± 0.10``."""
+    mean = format(100 * moments.mean, f"{sign}.2f").replace("-", "\N{MINUS SIGN}")
+    return f"{mean} ± {100 * moments.sd:.2f}"
 
 
 def plain_text(text: str) -> str:

@@ -2,23 +2,34 @@
 
 import io
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from mnist_batchnorm.dataset import CLASSES, Split, load_split
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import CHECKPOINT, MODELS, REPORTS, TEST_SPLIT, VARIANTS
+from mnist_batchnorm.layout import (
+    CHECKPOINT,
+    MODELS,
+    REPORTS,
+    SEED_CURVES,
+    SEEDS,
+    TEST_SPLIT,
+    VARIANTS,
+)
 from mnist_batchnorm.params import Params, load_params
 
 CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+SEED_CURVE_COLUMNS = ("variant", "seed", "epoch", "valid_loss", "valid_accuracy")
 CONFUSION_COLUMNS = ("actual", *map(str, range(CLASSES)), "accuracy")
 PREDICTION_COLUMNS = ("index", "actual", "predicted", "probability")
 
@@ -54,6 +65,62 @@ class DataMetrics(Record):
     per_class: dict[str, dict[int, int]]
     train_pixel_mean: float
     train_pixel_std: float
+
+
+class Moments(Record):
+    """A figure over seeds: its mean, sample standard deviation, and value from each seed."""
+
+    mean: FiniteFloat
+    sd: FiniteFloat
+    values: list[FiniteFloat]
+
+
+class Difference(Moments):
+    """A difference over seeds, and the 95 % interval of its mean."""
+
+    interval_95: tuple[FiniteFloat, FiniteFloat]
+
+
+class SeedMeasures(Record):
+    """What one network came to on the test images."""
+
+    test_accuracy: Moments
+    test_loss: Moments
+
+
+class SeedDifferences(Record):
+    """Batch norm minus plain, seed by seed."""
+
+    test_accuracy: Difference
+
+
+class SeedMetrics(Record):
+    """``reports/metrics/seeds.json``."""
+
+    seeds: Annotated[int, Field(ge=2)]
+    device: str
+    bn: SeedMeasures
+    plain: SeedMeasures
+    bn_minus_plain: SeedDifferences
+
+    @model_validator(mode="after")
+    def _a_value_for_each_seed(self) -> Self:
+        for moments in (
+            *(getattr(self[v], name) for v in VARIANTS for name in SeedMeasures.model_fields),
+            self.difference,
+        ):
+            if len(moments.values) != self.seeds:
+                raise ValueError(f"{self.seeds} seeds and {len(moments.values)} values do not fit")
+        return self
+
+    def __getitem__(self, variant: str) -> SeedMeasures:
+        """Return what one network came to."""
+        return {"bn": self.bn, "plain": self.plain}[variant]
+
+    @property
+    def difference(self) -> Difference:
+        """By how much batch norm is more accurate."""
+        return self.bn_minus_plain.test_accuracy
 
 
 class Check(Record):
@@ -181,6 +248,21 @@ class Network:
 
 
 @dataclass(frozen=True)
+class SeedRuns:
+    """What stage seeds found out about both networks, from seeds 0, 1, ...
+
+    Attributes:
+        metrics: after training.
+        epoch: float64 ``[epochs]``.
+        curves: for each network ``valid_loss`` and ``valid_accuracy``, float64 ``[seeds, epochs]``.
+    """
+
+    metrics: SeedMetrics
+    epoch: Floats
+    curves: dict[str, dict[str, Floats]]
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """One batch-norm layer, a value for each of its units.
 
@@ -214,6 +296,7 @@ class Results:
     data: DataMetrics
     test: Split
     networks: dict[str, Network]
+    seeds: SeedRuns
     layers: dict[str, LayerStatistics]
     parity: Parity
     files: list[ModelFile]
@@ -249,7 +332,11 @@ def read_record(path: Path, kind: type[RecordT], stage: str) -> RecordT:
 
 
 def read_table(
-    path: Path, columns: tuple[str, ...], stage: str, gaps: tuple[str, ...] = ()
+    path: Path,
+    columns: tuple[str, ...],
+    stage: str,
+    gaps: tuple[str, ...] = (),
+    words: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> dict[str, Floats]:
     """Read the CSV of numbers that a stage wrote.
 
@@ -258,6 +345,7 @@ def read_table(
         columns: its header.
         stage: who wrote it.
         gaps: columns that may have empty cells.
+        words: columns of words, and which; each counts as its place among them.
 
     Returns:
         float64 ``[rows]``, at least one row, for each column; NaN for an empty cell.
@@ -276,7 +364,10 @@ def read_table(
             delimiter=",",
             comments=None,
             ndmin=2,
-            converters={columns.index(name): _number_or_nan for name in gaps},
+            converters={
+                **{columns.index(name): _number_or_nan for name in gaps},
+                **{columns.index(name): _place_among(of) for name, of in words.items()},
+            },
         )
         if (
             table.shape[1] != len(columns)
@@ -290,6 +381,10 @@ def read_table(
 
 def _number_or_nan(cell: str) -> float:
     return float(cell) if cell else math.nan
+
+
+def _place_among(words: tuple[str, ...]) -> Callable[[str], float]:
+    return lambda cell: float(words.index(cell))
 
 
 def _read(path: Path, stage: str) -> str:
@@ -340,6 +435,35 @@ def read_confusion(path: Path) -> tuple[npt.NDArray[np.int64], dict[int, float]]
         )
     known = {digit: float(share) for digit, share in enumerate(accuracy) if not np.isnan(share)}
     return np.stack(counts, axis=1).astype(np.int64), known
+
+
+def read_seeds() -> SeedRuns:
+    """Gather what stage seeds wrote.
+
+    Raises:
+        UserError: A file is missing or malformed, or the two are about other runs.
+    """
+    metrics = read_record(SEEDS, SeedMetrics, "seeds")
+    table = read_table(SEED_CURVES, SEED_CURVE_COLUMNS, "seeds", words={"variant": VARIANTS})
+    runs, rows = len(VARIANTS) * metrics.seeds, len(table["epoch"])
+    shape = (len(VARIANTS), metrics.seeds, rows // runs)
+    variant, seed, epoch = (axis.ravel() for axis in np.indices(shape))
+    for name, expected in {"variant": variant, "seed": seed, "epoch": epoch + 1}.items():
+        if not np.array_equal(table[name], expected):
+            raise UserError(
+                f"{SEED_CURVES} is about other runs than {SEEDS}; run `dvc repro seeds`"
+            )
+    return SeedRuns(
+        metrics=metrics,
+        epoch=np.arange(1.0, shape[-1] + 1),
+        curves={
+            name: {
+                measure: table[measure].reshape(shape)[index]
+                for measure in ("valid_loss", "valid_accuracy")
+            }
+            for index, name in enumerate(VARIANTS)
+        },
+    )
 
 
 def read_layers(path: Path) -> dict[str, LayerStatistics]:
@@ -406,6 +530,7 @@ def read_results() -> Results:
         data=read_record(REPORTS / "metrics/data.json", DataMetrics, "prepare"),
         test=test,
         networks={variant: read_network(variant, test) for variant in VARIANTS},
+        seeds=read_seeds(),
         layers=read_layers(CHECKPOINT),
         parity=parity,
         files=[ModelFile(p.as_posix(), p.stat().st_size, digest(p)) for p in files],

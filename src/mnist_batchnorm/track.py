@@ -1,12 +1,11 @@
 """Stage track: complete the MLflow runs from the files on disk, and leave alone what is there."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import click
 import numpy as np
@@ -15,16 +14,25 @@ from tenacity import retry, stop_after_attempt, wait_fixed
 from mnist_batchnorm.dataset import CLASSES, SIDE, network_input
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, write_json
-from mnist_batchnorm.layout import MODELS, REPORTS, VARIANTS
+from mnist_batchnorm.layout import (
+    MODELS,
+    REPORTS,
+    SEED_CURVES,
+    SEEDS,
+    VARIANTS,
+    repository,
+)
 from mnist_batchnorm.params import load_params
-from mnist_batchnorm.results import Network, ParitySummary, Results, read_results
+from mnist_batchnorm.results import Network, ParitySummary, Results, SeedRuns, read_results
 from mnist_batchnorm.runs import (
     Origin,
     Point,
     Runs,
+    SeedsOrigin,
     curve_points,
+    fingerprint,
+    hashes,
     now,
-    store_root,
     warn,
     without_password,
 )
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3  # test images in the model's input example
 RECORD = REPORTS / "tracked.json"
 REPORTS_TAG = "mnist_bn.reports"
+SEEDS_PICTURE = REPORTS / "plots/seeds.svg"
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,23 @@ class Outcome:
     example: "npt.NDArray[np.float32]"
 
 
+@dataclass(frozen=True)
+class SeedsOutcome:
+    """What MLflow shall know about the runs of stage seeds.
+
+    Attributes:
+        origin: what made them.
+        summary: the figures over all seeds.
+        runs: curve and figures of each network and seed.
+        reports: files about them, in ``reports/``.
+    """
+
+    origin: SeedsOrigin
+    summary: list[Point]
+    runs: Mapping[tuple[str, int], list[Point]]
+    reports: list[Path]
+
+
 def gather(results: Results, variant: str) -> Outcome:
     """Select what concerns one network; parity and the ONNX models concern batch norm only.
 
@@ -73,7 +99,7 @@ def gather(results: Results, variant: str) -> Outcome:
     pictures = sorted((REPORTS / "plots").glob("*.svg"))
     others = [f"-{other}" for other in VARIANTS if other != variant]
     reports = [
-        *(path for path in pictures if not any(other in path.stem for other in others)),
+        *(p for p in pictures if p != SEEDS_PICTURE and not any(o in p.stem for o in others)),
         REPORTS / f"confusion/{variant}.csv",
         REPORTS / "index.html",
         REPORTS / "model_card.md",
@@ -85,9 +111,7 @@ def gather(results: Results, variant: str) -> Outcome:
         tags["parity"] = "passed" if results.parity.proven else "failed"
         models = [MODELS / name for name in graphs]
         reports.append(REPORTS / "parity.json")
-    for path in reports if pictures else [REPORTS / "plots"]:
-        if not path.is_file():
-            raise UserError(f"no {path}; run `dvc repro report` first")
+    require(reports if pictures else [REPORTS / "plots"])
     return Outcome(
         Origin.of_curve(variant, network.device),
         network_curve(network),
@@ -96,6 +120,60 @@ def gather(results: Results, variant: str) -> Outcome:
         reports,
         models,
         network_input(results.test.images[:EXAMPLES]),
+    )
+
+
+def require(reports: list[Path]) -> None:
+    """Make sure that stage report has written these.
+
+    Raises:
+        UserError: One is missing.
+    """
+    for path in reports:
+        if not path.is_file():
+            raise UserError(f"no {path}; run `dvc repro report` first")
+
+
+def gather_seeds(seeds: SeedRuns) -> SeedsOutcome:
+    """Select what concerns the runs of stage seeds.
+
+    Their metrics have names of their own, so that the charts of the training runs stay theirs.
+
+    Raises:
+        UserError: The picture is missing.
+    """
+    metrics, time = seeds.metrics, now()
+    summary = {
+        f"seeds/{variant}_{measure}_{figure}": getattr(getattr(metrics[variant], measure), figure)
+        for variant in VARIANTS
+        for measure in ("test_accuracy", "test_loss")
+        for figure in ("mean", "sd")
+    }
+    difference = metrics.difference
+    low, high = difference.interval_95
+    for figure, value in {
+        "mean": difference.mean, "sd": difference.sd, "low": low, "high": high
+    }.items():  # fmt: skip
+        summary[f"seeds/bn_minus_plain_test_accuracy_{figure}"] = value
+    runs = {
+        (variant, seed): [
+            *(
+                Point(f"seed_curves/{measure}", int(epoch), value, time)
+                for measure, values in seeds.curves[variant].items()
+                for epoch, value in zip(seeds.epoch, values[seed].tolist(), strict=True)
+            ),
+            Point("seed_test/accuracy", 0, metrics[variant].test_accuracy.values[seed], time),
+            Point("seed_test/loss", 0, metrics[variant].test_loss.values[seed], time),
+        ]
+        for variant in VARIANTS
+        for seed in range(metrics.seeds)
+    }
+    require([SEEDS_PICTURE])
+    return SeedsOutcome(
+        SeedsOrigin.of_files(metrics.device, metrics.seeds),
+        [Point(name, 0, value, time) for name, value in summary.items()],
+        runs,
+        [SEEDS_PICTURE, SEEDS, SEED_CURVES],
     )
 
 
@@ -151,6 +229,19 @@ def track(runs: Runs, outcome: Outcome) -> str:
         log_reports(runs, run_id, outcome.reports, data.tags.get(REPORTS_TAG))
         for path in outcome.models:
             log_onnx(runs, run_id, path, outcome.example)
+    return run_id
+
+
+def track_seeds(runs: Runs, outcome: SeedsOutcome) -> str:
+    """Bring the runs of stage seeds to the state of the files; twice is once.
+
+    Returns:
+        The id of the run over all.
+    """
+    with runs.lock:
+        run_id = runs.record_seeds(outcome.origin, outcome.summary, outcome.runs)
+        logged = runs.client.get_run(run_id).data.tags.get(REPORTS_TAG)
+        log_reports(runs, run_id, outcome.reports, logged)
     return run_id
 
 
@@ -222,7 +313,9 @@ def log_onnx(runs: Runs, run_id: str, path: Path, example: "npt.NDArray[np.float
 
 # what is done is not done again, so once more is all that a server's hiccup needs
 @retry(stop=stop_after_attempt(2), wait=wait_fixed(0.5), reraise=True)
-def complete(experiment: str, root: Path, outcomes: list[Outcome]) -> list[str]:
+def complete(
+    experiment: str, root: Path, outcomes: list[Outcome], seeds: SeedsOutcome
+) -> list[str]:
     """Track every outcome and say where it is.
 
     Raises:
@@ -230,20 +323,22 @@ def complete(experiment: str, root: Path, outcomes: list[Outcome]) -> list[str]:
     """
     runs = Runs.open(experiment, root)
     ids = {outcome.origin.variant: track(runs, outcome) for outcome in outcomes}
+    ids["seeds"] = track_seeds(runs, seeds)
     return [
-        *(f"{variant}: MLflow run {run_id}" for variant, run_id in ids.items()),
+        *(f"{name}: MLflow run {run_id}" for name, run_id in ids.items()),
         f"compare them: {charts(runs)}",
     ]
 
 
 def charts(runs: Runs) -> str:
-    """Say where the UI shows the learning curves of all runs in one chart each."""
+    """Say where the UI shows the learning curves of all training runs in one chart each."""
     # MLflow's front page is about language models
     page = f"#/experiments/{runs.experiment_id}/runs?workflowType=machine_learning"
+    trainings = quote("tags.dvc.stage = 'train'")  # else the newest runs only: those of stage seeds
     server = runs.uri.startswith(("http:", "https:"))
     local = "make ui (port 5000 unless PORT= says otherwise), http://127.0.0.1:5000"
     start = without_password(runs.uri.rstrip("/")) if server else local
-    return f"{start}/{page}&compareRunsMode=CHART"
+    return f"{start}/{page}&compareRunsMode=CHART&searchFilter={trainings}"
 
 
 def record(outcome: Outcome) -> dict[str, str]:
@@ -256,14 +351,9 @@ def record(outcome: Outcome) -> dict[str, str]:
     return {"key": outcome.origin.key, "results": fingerprint(results)}
 
 
-def hashes(paths: list[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file."""
-    return {path.as_posix(): digest(path) for path in paths}
-
-
-def fingerprint(content: Mapping[str, object]) -> str:
-    """Return one SHA-256 for what JSON can hold, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def record_seeds(outcome: SeedsOutcome) -> dict[str, str]:
+    """Say what MLflow shall hold about the runs of stage seeds."""
+    return {"key": outcome.origin.key, "results": fingerprint(hashes(outcome.reports))}
 
 
 @click.command()
@@ -277,11 +367,13 @@ def command() -> None:
     experiment = load_params().track.experiment
     results = read_results()
     outcomes = [gather(results, variant) for variant in VARIANTS]
-    root = store_root()
+    seeds = gather_seeds(results.seeds)
+    root = repository()
     try:
-        for line in complete(experiment, root, outcomes):
+        for line in complete(experiment, root, outcomes, seeds):
             click.echo(line)
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
         warn(error, root)
         click.echo("MLflow does not have all of the runs; `mnist-bn track` tries again", err=True)
-    write_json(RECORD, {outcome.origin.variant: record(outcome) for outcome in outcomes})
+    records = {outcome.origin.variant: record(outcome) for outcome in outcomes}
+    write_json(RECORD, records | {"seeds": record_seeds(seeds)})
