@@ -223,7 +223,7 @@ def test_loss_that_is_no_number_later_leaves_the_last_good_checkpoint(
     assert "in epoch 3, step 1 of 56 (lr 0.01)" in events[-1]["message"]
     assert [event["kept"] for event in events if "kept" in event] == [1, 2]
     with safe_open(events[0]["checkpoint"], framework="pt") as stored:
-        assert len(json.loads(stored.metadata()["mnist_batchnorm"])["curve"]) == 2
+        assert len(json.loads(stored.metadata()["mnist_batchnorm"])["rows"]) == 2
 
 
 def spoil(content: bytes) -> Callable[[Path], object]:
