@@ -144,7 +144,7 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(prepared: Path, params: Params) -> "Checkpoint":
-    """The batch-norm network after two epochs on the slice."""
+    """The batch-norm network after one epoch on the slice."""
     import torch
 
     from mnist_batchnorm.fit import DeviceSplit, architecture, fit
@@ -156,7 +156,7 @@ def trained(prepared: Path, params: Params) -> "Checkpoint":
     )
     network = architecture("bn", params.train)
     model = network.build(params.train.seed)
-    fit(model, train, valid, params.train.model_copy(update={"epochs": 2}))
+    fit(model, train, valid, params.train.model_copy(update={"epochs": 1}))
     provenance = {
         "variant": "bn",
         "train_sha256": "1" * 64,

@@ -279,3 +279,21 @@ class TestPartialSums:
         sums = _PartialSums.of(value, used, weight, torch.nn.functional.linear, -1)
         assert sums.count.item() == 2
         assert sums.second.item() == pytest.approx((1 + 9 + 4 + 9) / 2)
+
+
+def test_errors_of_one_origin_add_up() -> None:
+    """One rounded sum reaches the output by 64 units at once: 64 times its error, not 8 times."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(400, 1), nn.ReLU(), nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 1)
+    ).requires_grad_(False)
+    linear(model).weight.copy_(torch.ones(1, 400))  # a sum that cancels has the larger error
+    linear(model).weight[:, 200:] = -1
+    for layer in (model[2], model[4]):
+        assert isinstance(layer, nn.Linear)
+        layer.weight.fill_(1.0)
+        layer.bias.zero_()
+    inputs = torch.rand(2000, 400, generator=generator)
+    deviation = sigmas(propagate(layers_of(model, (400,)), inputs), model(inputs))
+    assert 0.05 < np.sqrt((deviation**2).mean()) < 1
+    assert deviation.max() < ALARM / 4  # 8.2 by variances alone

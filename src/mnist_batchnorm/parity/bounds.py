@@ -5,7 +5,10 @@ Two answers for every element that a layer gives, against float64 arithmetic:
 - `Signal.variance`, what rounding does. A rounding to nearest has a relative error within the unit
   roundoff u = 2^-24, taken as uniform, hence of variance u^2/3, and independent of the others (the
   model of Higham & Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis"). Variances
-  of independent errors add, so they pass a layer by W^2 where a worst case passes by |W|. What lies
+  of independent errors add, so they pass a layer by W^2 where a worst case passes by |W|. The
+  errors that enter a layer are not independent where they come from one rounding further back,
+  which reaches an output on many ways at once; so the outputs' variance is, where it is larger,
+  the sum over all roundings of the square of the derivative by each (`_by_all_ways`). What lies
   beyond `ALARM` standard deviations is no rounding.
 - `Signal.bound`, what rounding can do. k roundings change a number by a factor within
   1 +- gamma_k, gamma_k = k u / (1 - k u) (Higham 2002, "Accuracy and Stability of Numerical
@@ -18,8 +21,9 @@ into the layer before, whose weights become s W and bias s (b - mean) + beta. Bo
 both files: `_affine` takes the two layers as one and counts what either way rounds.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
@@ -32,6 +36,7 @@ ROUNDOFF = 2.0**-24  # u: half the spacing of the float32 numbers just above 1
 UNDERFLOW = 2.0**-150  # half the spacing of the float32 numbers around 0
 OVERFLOW = torch.finfo(torch.float32).max
 ALARM = 8  # standard deviations
+OUTPUTS = 256  # at most, for `_by_all_ways`, which goes back through the network once for each
 ELEMENTS = 2**18  # of a chunk of inputs, 2 MB: what belongs to a chunk stays in the cache
 
 Product = Callable[[Tensor, Tensor], Tensor]  # of inputs and weights: sums of their products
@@ -73,7 +78,16 @@ def propagate(
         What the last layer gives.
     """
     rows = max(1, ELEMENTS // inputs[0].numel())
-    chunks = [_propagate(layers, chunk.double(), observe) for chunk in torch.split(inputs, rows)]
+    with torch.inference_mode(False):  # whose tensors have no derivatives
+        exact = [deepcopy(layer.module).double().requires_grad_(False).eval() for layer in layers]
+    chunks = []
+    for chunk in torch.split(inputs.double(), rows):
+        fresh: dict[int, Tensor] = {}
+        signal = _propagate(layers, chunk, observe, fresh)
+        if signal.value.flatten(1).shape[1] <= OUTPUTS:
+            variance = _by_all_ways(exact, chunk, fresh)
+            signal = replace(signal, variance=torch.fmax(signal.variance, variance))
+        chunks.append(signal)
     return Signal(
         torch.cat([chunk.value for chunk in chunks]),
         torch.cat([chunk.variance for chunk in chunks]),
@@ -81,32 +95,59 @@ def propagate(
     )
 
 
-def _propagate(layers: Sequence[Layer], inputs: Tensor, observe: Observe) -> Signal:
+def _by_all_ways(exact: Sequence[nn.Module], inputs: Tensor, fresh: Mapping[int, Tensor]) -> Tensor:
+    """Return the outputs' variance where each rounding reaches them on all its ways at once.
+
+    Args:
+        exact: the layers, float64.
+        inputs: float64 ``[n, ...]``.
+        fresh: variance of what is rounded in a layer, to its output, by the layer's index.
+    """
+    added = []
+    with torch.inference_mode(False), torch.enable_grad():
+        value = inputs.clone()
+        for index, module in enumerate(exact):
+            value = module(value)
+            if index in fresh:
+                added.append(torch.zeros_like(value, requires_grad=True))
+                value = value + added[-1]
+        outputs = value.flatten(1)
+        variance = torch.zeros_like(outputs)
+        for output in range(outputs.shape[1]):
+            ways = torch.autograd.grad(outputs[:, output].sum(), added, retain_graph=True)
+            for way, rounded in zip(ways, fresh.values(), strict=True):
+                variance[:, output] += (way**2 * rounded.clone()).flatten(1).sum(1)
+    return variance.detach().view_as(value)
+
+
+def _propagate(
+    layers: Sequence[Layer], inputs: Tensor, observe: Observe, fresh: dict[int, Tensor]
+) -> Signal:
     signal = Signal(inputs, torch.zeros_like(inputs), torch.zeros_like(inputs))
     before: nn.Module | None = None
     after = [layer.module for layer in layers[1:]] + [None]
-    for layer, following in zip(layers, after, strict=True):
+    for index, (layer, following) in enumerate(zip(layers, after, strict=True)):
         match layer.module:
             case nn.Linear() | nn.Conv2d() as module:
                 norm = following if isinstance(following, BatchNorm) else None
-                signal = _affine(signal, module, norm)
+                signal, fresh[index + (norm is not None)] = _affine(signal, module, norm)
             case nn.BatchNorm1d() | nn.BatchNorm2d() as module:
                 if not isinstance(before, nn.Linear | nn.Conv2d):  # else it is done already
-                    signal = _affine(signal, module, module)
+                    signal, fresh[index] = _affine(signal, module, module)
             case nn.AvgPool2d() | nn.AdaptiveAvgPool2d() as module:
-                signal = _affine(signal, module, None)
+                signal, fresh[index] = _affine(signal, module, None)
             case nn.Flatten() | nn.MaxPool2d() as module:
                 # a maximum is off by no more than what is off most in its window
                 signal = Signal(*map(module, (signal.value, signal.variance, signal.bound)))
             case module:
                 observe(layer, signal)
-                signal = _activation(signal, module)
+                signal, fresh[index] = _activation(signal, module)
         before = layer.module
     return signal
 
 
-def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> Signal:
-    """Pass y = W x + b and, where given, the batch norm after it.
+def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> tuple[Signal, Tensor]:
+    """Pass y = W x + b and, where given, the batch norm after it; return also what it adds.
 
     The variance is s^2 W^2 times that of x, plus u^2/3 times the square of each intermediate result
     that is rounded on the one way or the other:
@@ -163,11 +204,9 @@ def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> Signal
     tiny = UNDERFLOW * (1 + gain) * roundings * (1 + largest + size + mean.abs())
     high = reduce(torch.maximum, (size, terms_size, gain * weight.abs().max()))
     lost = torch.where(high > OVERFLOW, torch.inf, 0.0)
-    return Signal(
-        y,
-        scale**2 * carried + ROUNDOFF**2 / 3 * rounded + tiny**2 + lost,
-        gain * product(signal.bound, weight.abs()) + gamma_k * terms_size + tiny + lost,
-    )
+    fresh = ROUNDOFF**2 / 3 * rounded + tiny**2 + lost
+    bound = gain * product(signal.bound, weight.abs()) + gamma_k * terms_size + tiny + lost
+    return Signal(y, scale**2 * carried + fresh, bound), fresh
 
 
 @dataclass(frozen=True)
@@ -278,7 +317,7 @@ def _per_channel(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.double().reshape(-1, *[1] * (like.dim() - 2))
 
 
-def _activation(signal: Signal, module: nn.Module) -> Signal:
+def _activation(signal: Signal, module: nn.Module) -> tuple[Signal, Tensor]:
     """Pass a unit of the ReLU family: an error grows by the steepest slope that the input may meet.
 
     That is the steepest within `ALARM` standard deviations of its value, for the bound within the
@@ -295,11 +334,9 @@ def _activation(signal: Signal, module: nn.Module) -> Signal:
     rounded = (x < deviation) * 2 * (leak * x) ** 2
     roundings = (x < bound) * 3 * ROUNDOFF * leak.abs() * (x.abs() + bound)
     tiny = UNDERFLOW * (leak != 0) * (1 + x.abs() + bound)
-    return Signal(
-        activate(module, x),
-        slope(deviation) ** 2 * signal.variance + ROUNDOFF**2 / 3 * rounded + tiny**2,
-        slope(bound) * bound + roundings + tiny,
-    )
+    fresh = ROUNDOFF**2 / 3 * rounded + tiny**2
+    variance = slope(deviation) ** 2 * signal.variance + fresh
+    return Signal(activate(module, x), variance, slope(bound) * bound + roundings + tiny), fresh
 
 
 def activate(module: nn.Module, x: Tensor) -> Tensor:
