@@ -297,3 +297,8 @@ def test_errors_of_one_origin_add_up() -> None:
     deviation = sigmas(propagate(layers_of(model, (400,)), inputs), model(inputs))
     assert 0.05 < np.sqrt((deviation**2).mean()) < 1
     assert deviation.max() < ALARM / 4  # 8.2 by variances alone
+
+
+def test_network_that_rounds_nothing_has_no_error() -> None:
+    signal = propagate(layers_of(nn.Sequential(nn.Flatten()), (3, 3)), torch.rand(5, 3, 3))
+    assert not signal.variance.any()

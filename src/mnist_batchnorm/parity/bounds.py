@@ -84,7 +84,7 @@ def propagate(
     for chunk in torch.split(inputs.double(), rows):
         fresh: dict[int, Tensor] = {}
         signal = _propagate(layers, chunk, observe, fresh)
-        if signal.value.flatten(1).shape[1] <= OUTPUTS:
+        if fresh and signal.value.flatten(1).shape[1] <= OUTPUTS:
             variance = _by_all_ways(exact, chunk, fresh)
             signal = replace(signal, variance=torch.fmax(signal.variance, variance))
         chunks.append(signal)
