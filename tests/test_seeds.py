@@ -12,7 +12,7 @@ from torch import nn
 
 from mnist_batchnorm import seeds as stage
 from mnist_batchnorm.fit import DeviceSplit, architecture, fit, measure
-from mnist_batchnorm.layout import VARIANTS
+from mnist_batchnorm.layout import SPLITS, VARIANTS
 from mnist_batchnorm.model import Architecture
 from mnist_batchnorm.params import Params
 from tests.conftest import MnistBn
@@ -73,7 +73,7 @@ def test_command_writes_the_figures_of_every_seed(folder: Path, mnist_bn: MnistB
 def test_replicas_end_where_the_runs_of_their_seeds_do(folder: Path, params: Params) -> None:
     # to rounding, which moves a prediction or two; test_engine.py has the exact senses
     cpu = torch.device("cpu")
-    splits = {name: DeviceSplit.load(folder / path, cpu) for name, path in stage.SPLITS.items()}
+    splits = {name: DeviceSplit.load(folder / path, cpu) for name, path in SPLITS.items()}
     short = params.train.model_copy(update={"epochs": EPOCHS})
     for variant in VARIANTS:
         models = [architecture(variant, short).build(seed) for seed in (4, 5)]

@@ -7,7 +7,8 @@ VARIANTS = ("bn", "plain")  # the two networks
 
 RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
-TEST_SPLIT = PREPARED / "test.safetensors"
+SPLITS = {name: PREPARED / f"{name}.safetensors" for name in ("train", "valid", "test")}
+TEST_SPLIT = SPLITS["test"]
 
 MODELS = Path("models")
 CHECKPOINT = MODELS / "bn.safetensors"  # what the ONNX files are made from

@@ -31,7 +31,7 @@ from ruamel.yaml.error import YAMLError
 from mnist_batchnorm.dataset import SIDE
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, replacing
-from mnist_batchnorm.layout import PREPARED, REPORTS, SEED_CURVES, SEEDS, repository
+from mnist_batchnorm.layout import REPORTS, SEED_CURVES, SEEDS, SPLITS, repository
 from mnist_batchnorm.params import PARAMS_FILE, PrepareParams, TrainParams, load_params
 from mnist_batchnorm.results import CURVE_COLUMNS
 
@@ -302,7 +302,7 @@ class Origin:
                 [InputTag("mlflow.data.context", context)],
             )
             for split, context in contexts.items()
-            if (path := (PREPARED / f"{split}.safetensors").as_posix()) in self.deps
+            if (path := SPLITS[split].as_posix()) in self.deps
         ]
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mnist_batchnorm.errors import as_users_mistake
 from mnist_batchnorm.files import discard, write_json, write_text
-from mnist_batchnorm.layout import PREPARED, SEED_CURVES, SEEDS, VARIANTS
+from mnist_batchnorm.layout import SEED_CURVES, SEEDS, SPLITS, VARIANTS
 from mnist_batchnorm.params import load_params
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mnist_batchnorm.fit import DeviceSplit
     from mnist_batchnorm.params import TrainParams
 
-SPLITS = {name: PREPARED / f"{name}.safetensors" for name in ("train", "valid", "test")}
 CONFIDENCE = 0.95
 
 

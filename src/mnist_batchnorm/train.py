@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mnist_batchnorm.errors import CheckFailedError, UserError, as_users_mistake
 from mnist_batchnorm.files import digest, discard, write_json, write_text
-from mnist_batchnorm.layout import MODELS, PREPARED, REPORTS, VARIANTS
+from mnist_batchnorm.layout import MODELS, REPORTS, SPLITS, VARIANTS
 from mnist_batchnorm.params import load_params
 from mnist_batchnorm.tracking import LiveRuns, live_runs
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Tell = Callable[[dict[str, Any]], None]
 
-SPLITS = {name: PREPARED / f"{name}.safetensors" for name in ("train", "valid")}
+LEARNT = {name: SPLITS[name] for name in ("train", "valid")}
 
 
 # --- the process of one network ------------------------------------------------------------------
@@ -66,9 +66,9 @@ def work(variant: str, tell: Tell) -> None:
     gc.enable()
     device = resolve_device("cpu" if params.portable else params.device)
     make_deterministic()
-    train, valid = (DeviceSplit.load(path, device) for path in SPLITS.values())
+    train, valid = (DeviceSplit.load(path, device) for path in LEARNT.values())
     asked = params.model_dump(mode="json", exclude={"device"})  # auto or cpu: the same
-    unfinished = Unfinished(variant, identity({"variant": variant, **asked}, SPLITS, device))
+    unfinished = Unfinished(variant, identity({"variant": variant, **asked}, LEARNT, device))
     tell(
         {
             "device": str(device),
