@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 import statistics
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,9 +99,11 @@ def test_interrupted_seeds_go_on_to_the_same_bits(
     from mnist_batchnorm.resume import Unfinished
 
     keep = Unfinished.keep
+    both = threading.Barrier(2)  # the first to be interrupted stops the other
 
     def interrupted(self: Unfinished, *arguments: object) -> None:
         keep(self, *arguments)  # type: ignore[arg-type]
+        both.wait(60)
         raise KeyboardInterrupt
 
     (folder / "reports/metrics/seeds.json").unlink()
