@@ -103,7 +103,7 @@ def resolve_lock(upgrade: bool) -> None:
     """
     prepare_uv()
     report("resolving requirements.lock")
-    command = ["pip", "compile", PYPROJECT.name, "--group", "dev", "--extra", "bench"]
+    command = ["pip", "compile", PYPROJECT.name, "--group", "dev", "--all-extras"]
     command += ["--output-file", LOCK.name]
     command += ["--universal", "--python-version", "{}.{}".format(*MIN_PYTHON)]
     command += ["--generate-hashes", "--custom-compile-command", "make lock", "--quiet"]
