@@ -24,8 +24,9 @@ help: ## List the goals.
 setup: ## Make or update .venv from requirements.lock.
 	@$(PYTHON) scripts/setup_env.py
 
-repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, report, track.
+repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, register, report, sync.
 	@$(IN_VENV) dvc repro
+	@$(IN_VENV) mnist-bn sync
 	@echo
 	@echo 'Next:'
 	@echo '  reports/index.html  the report, for any browser'

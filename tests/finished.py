@@ -60,7 +60,8 @@ def finish(project: Path, prepared: Path, params: Params) -> None:
         curve = [Epoch(i, loss / i, 1 - loss / i, loss, 1 - loss) for i in (1, 2, 3)]
         write_curve(reports / f"curves/{variant}.csv", curve)
         write_json(
-            reports / f"metrics/train-{variant}.json", {"device": "cpu", **asdict(curve[-1])}
+            reports / f"metrics/train-{variant}.json",
+            {"device": "cpu", "torch": "2.15.0", **asdict(curve[-1])},
         )
     write_seeds(project)
     for name in ("bn.onnx", "bn-folded.onnx"):
@@ -91,7 +92,8 @@ def checkpoint(variant: str, params: Params) -> Checkpoint:
     model = network.build(params.train.seed).train()
     with torch.no_grad():
         model(torch.rand(32, SIDE * SIDE, generator=torch.Generator().manual_seed(0)))
-    return Checkpoint(network, model.state_dict(), {"variant": variant, "device": "cpu"})
+    provenance = {"variant": variant, "device": "cpu", "train_sha256": "1" * 64}
+    return Checkpoint(network, model.state_dict(), provenance)
 
 
 def tiny_graph() -> bytes:

@@ -3,16 +3,20 @@
 import contextlib
 import functools
 import http.server
+import json
 import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.numpy import save_file
 
-from mnist_batchnorm import runs
+from mnist_batchnorm.layout import CHECKPOINT_KEY
+from mnist_batchnorm.store import ENVIRONMENT, Point, Runs, curve_points
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -45,13 +49,13 @@ def empty_database() -> bytes:
     """MLflow's database without runs: it takes seconds to create, so once is enough."""
     with tempfile.TemporaryDirectory() as folder:
         # an experiment remembers where its artefacts are: this one is none that a test uses
-        runs.Runs.open("elsewhere", Path(folder))
+        Runs.open("elsewhere", Path(folder))
         return (Path(folder) / "mlflow.db").read_bytes()
 
 
 def use_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set what tracking sets for its process, so that it is undone after the test."""
-    for name, value in runs.ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
@@ -68,6 +72,36 @@ def make_trainable(folder: Path) -> None:
     for split in ("train", "valid"):
         if not (prepared / f"{split}.safetensors").exists():
             (prepared / f"{split}.safetensors").write_bytes(split.encode())
+
+
+def row(epoch: int, loss: float = 0.5) -> dict[str, float]:
+    """A row of a learning curve."""
+    return {
+        "epoch": epoch,
+        "train_loss": loss / epoch,
+        "train_accuracy": 1 - loss / epoch,
+        "valid_loss": 1.1 * loss / epoch,
+        "valid_accuracy": 1 - 1.1 * loss / epoch,
+    }
+
+
+def curve(epochs: int, loss: float = 0.5) -> list[Point]:
+    """A learning curve of so many epochs."""
+    return [point for epoch in range(1, epochs + 1) for point in curve_points(row(epoch, loss))]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace a text that a file holds."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def write_checkpoint(path: Path, content: str = "weights") -> None:
+    """Write a file that says what a checkpoint says, and holds no numbers."""
+    provenance = {"train_sha256": sha256(content.encode()).hexdigest()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({}, path, {CHECKPOINT_KEY: json.dumps({"provenance": provenance})})
 
 
 def client(folder: Path) -> "MlflowClient":

@@ -21,7 +21,9 @@ COMMANDS = {
     "export": "Export the batch-norm network to ONNX in eval mode.",
     "verify": "Prove that ONNX Runtime computes what PyTorch computes.",
     "report": "Draw the plots and write the HTML report and the model card.",
-    "track": "Complete the MLflow runs from the files on disk.",
+    "sync": "Bring MLflow to the state of the files.",
+    "runs": "List MLflow's runs beside their commits and experiments.",
+    "which": "Tell what made a model file, by its hash.",
     "regress": "Compare the exported model's outputs with the golden ones.",
 }
 

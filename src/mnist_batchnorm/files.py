@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,13 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(
             stream, lambda: hashlib.new(algorithm, usedforsecurity=False)
         ).hexdigest()
+
+
+def hashes(paths: Sequence[Path], algorithm: str = "sha256") -> dict[str, str]:
+    """Return the hash of each file by its path."""
+    return {path.as_posix(): digest(path, algorithm) for path in paths}
+
+
+def fingerprint(content: Mapping[str, object]) -> str:
+    """Return one SHA-256 for what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,10 @@ from pathlib import Path
 
 VARIANTS = ("bn", "plain")  # the two networks
 
+DVC_FILE = Path("dvc.yaml")
+LOCK_FILE = Path("dvc.lock")
+PARAMS_FILE = Path("params.yaml")
+
 RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
 SPLITS = {name: PREPARED / f"{name}.safetensors" for name in ("train", "valid", "test")}
@@ -14,10 +18,17 @@ MODELS = Path("models")
 CHECKPOINT = MODELS / "bn.safetensors"  # what the ONNX files are made from
 GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # in models/ -> whether batch norm is folded
 
+# Registered in MLflow under these names, with one version number for both
+REGISTERED = {"mnist-bn": "bn.onnx", "mnist-bn-folded": "bn-folded.onnx"}
+REGISTRY = MODELS / "registry.json"
+
 REPORTS = Path("reports")
+PROMOTION = REPORTS / "promotion.json"
+SYNCED = REPORTS / "synced.json"
 SEEDS = REPORTS / "metrics/seeds.json"
 SEED_CURVES = REPORTS / "curves/seeds.csv"
 
+CHECKPOINT_KEY = "mnist_batchnorm"  # in a checkpoint's metadata
 WEIGHTS_KEY = "mnist_batchnorm.weights_sha256"  # in an ONNX file's metadata_props
 
 UNFINISHED = Path(".checkpoints")  # of training runs, in the `repository`

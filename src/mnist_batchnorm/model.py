@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import write_bytes
-
-_METADATA_KEY = "mnist_batchnorm"  # one key only: safetensors writes several in random order
+from mnist_batchnorm.layout import CHECKPOINT_KEY
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "provenance": checkpoint.provenance,
     }
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
-    write_bytes(path, save(tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
+    # one key only: safetensors writes several in random order
+    write_bytes(path, save(tensors, {CHECKPOINT_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata = json.loads((stored.metadata() or {})[_METADATA_KEY])
+            metadata = json.loads((stored.metadata() or {})[CHECKPOINT_KEY])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         architecture = _parse_architecture(metadata["architecture"])
         foreign = [n for n, t in state.items() if t.dtype not in {torch.float32, torch.int64}]

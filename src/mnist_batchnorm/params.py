@@ -15,8 +15,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from mnist_batchnorm.errors import UserError
-
-PARAMS_FILE = Path("params.yaml")
+from mnist_batchnorm.layout import PARAMS_FILE
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -95,7 +94,7 @@ class ExportParams(Section):
     opset: Annotated[int, Field(ge=18, le=23)]
 
 
-class TrackParams(Section):
+class SyncParams(Section):
     """Where MLflow shows the runs."""
 
     experiment: Annotated[str, StringConstraints(min_length=1)]
@@ -110,7 +109,7 @@ class Params(Section):
     seeds: SeedsParams
     evaluate: EvaluateParams
     export: ExportParams
-    track: TrackParams
+    sync: SyncParams
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

@@ -1,6 +1,7 @@
 """What the earlier stages left on disk: read, checked, and checked against each other."""
 
 import io
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Annotated, Literal, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from mnist_batchnorm.dataset import CLASSES, Split, load_split
@@ -19,6 +20,7 @@ from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import (
     CHECKPOINT,
+    CHECKPOINT_KEY,
     MODELS,
     REPORTS,
     SEED_CURVES,
@@ -46,6 +48,7 @@ class TrainMetrics(Record):
     """``reports/metrics/train-*.json``."""
 
     device: str
+    torch: str | None = None  # its version; commits from before 2026-11-25 do not say
 
 
 class EvaluationMetrics(Record):
@@ -230,7 +233,7 @@ class Network:
 
     Attributes:
         curve: float64 ``[epochs]`` for each column of the learning curve.
-        device: where it was trained.
+        training: where and by what it was trained.
         test: metrics on the test images.
         confusion: int64 ``[10, 10]``, rows actual, columns predicted.
         per_class_accuracy: of the classes that the test images hold.
@@ -239,7 +242,7 @@ class Network:
     """
 
     curve: dict[str, Floats]
-    device: str
+    training: TrainMetrics
     test: EvaluationMetrics
     confusion: npt.NDArray[np.int64]
     per_class_accuracy: dict[int, float]
@@ -396,6 +399,18 @@ def _read(path: Path, stage: str) -> str:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
+def read_training(variant: str) -> tuple[TrainMetrics, dict[str, Floats]]:
+    """Read what stage train wrote about one network: of its end, and the learning curve.
+
+    Raises:
+        UserError: A file is missing or malformed.
+    """
+    return (
+        read_record(REPORTS / f"metrics/train-{variant}.json", TrainMetrics, "train"),
+        read_table(REPORTS / f"curves/{variant}.csv", CURVE_COLUMNS, "train"),
+    )
+
+
 def read_network(variant: str, test: Split) -> Network:
     """Gather what train and evaluate wrote about one network.
 
@@ -410,9 +425,10 @@ def read_network(variant: str, test: Split) -> Network:
     ):
         raise UserError(f"{path} is about other images than {TEST_SPLIT}; run `dvc repro evaluate`")
     confusion, per_class_accuracy = read_confusion(REPORTS / f"confusion/{variant}.csv")
+    training, curve = read_training(variant)
     return Network(
-        curve=read_table(REPORTS / f"curves/{variant}.csv", CURVE_COLUMNS, "train"),
-        device=read_record(REPORTS / f"metrics/train-{variant}.json", TrainMetrics, "train").device,
+        curve=curve,
+        training=training,
         test=read_record(REPORTS / f"metrics/test-{variant}.json", EvaluationMetrics, "evaluate"),
         confusion=confusion,
         per_class_accuracy=per_class_accuracy,
@@ -491,6 +507,24 @@ def read_layers(path: Path) -> dict[str, LayerStatistics]:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
     except KeyError as error:
         raise UserError(f"{path} is not a checkpoint of this project: it lacks {error}") from None
+
+
+def trained_on(checkpoint: Path) -> str:
+    """Return the SHA-256 of the images that a checkpoint says it was trained on.
+
+    Raises:
+        UserError: The file is missing or is not a checkpoint of this project.
+    """
+    try:
+        with safe_open(checkpoint, "np") as stored:
+            metadata = json.loads((stored.metadata() or {})[CHECKPOINT_KEY])
+        return str(metadata["provenance"]["train_sha256"])
+    except FileNotFoundError:
+        raise UserError(f"no {checkpoint}; run `dvc repro train` first") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint} is not a checkpoint of this project: {type(error).__name__}: {error}"
+        ) from None
 
 
 def read_parity() -> Parity:

@@ -1,7 +1,7 @@
 """Live logging beside training: a child process talks to MLflow, training only feeds its pipe.
 
 MLflow's import, a slow or dead server and every error of theirs stay in the child
-(``python -m mnist_batchnorm.runs``). Training imports this file and no more, so a change in how
+(``python -m mnist_batchnorm.follow``). Training imports this file and no more, so a change in how
 runs are logged does not make DVC train again.
 """
 
@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import click
 
-SERVER_GRACE = 3.0  # seconds to deliver the rest once training has ended: a server may hang
-LOCAL_GRACE = 15.0  # seconds: nothing to hang, but MLflow's import and first database take 7
+GRACE = 1.5  # seconds to deliver the rest once training has ended
 
 
 class LiveRuns:
@@ -114,7 +113,7 @@ def _start_child() -> "subprocess.Popen[bytes] | None":
     # A session of its own: Ctrl-C is for training, which tells the child how it ended.
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "mnist_batchnorm.runs"],
+            [sys.executable, "-P", "-W", "ignore", "-m", "mnist_batchnorm.follow"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             bufsize=0,
@@ -123,11 +122,6 @@ def _start_child() -> "subprocess.Popen[bytes] | None":
     except OSError as error:
         click.echo(f"warning: MLflow will not show this while it trains: {error}", err=True)
         return None
-
-
-def _grace() -> float:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return LOCAL_GRACE if not uri or uri.startswith("sqlite:") else SERVER_GRACE
 
 
 @contextlib.contextmanager
@@ -148,9 +142,9 @@ def live_runs() -> Iterator[LiveRuns]:
         status = "KILLED"
         raise
     finally:
-        if not runs.close(status, _grace()):
+        if not runs.close(status, GRACE):
             click.echo(
-                "MLflow does not have all of this yet; `mnist-bn track` (the last stage of "
+                "MLflow does not have all of this yet; `mnist-bn sync` (the last stage of "
                 "`dvc repro`) completes it from the files",
                 err=True,
             )

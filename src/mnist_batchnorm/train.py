@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def work(variant: str, tell: Tell) -> None:
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     save_checkpoint(MODELS / f"{variant}.safetensors", Checkpoint(network, state, provenance))
     write_curve(REPORTS / f"curves/{variant}.csv", curve)
-    last = {"device": device.type, **asdict(curve[-1])}
+    last = {"device": device.type, "torch": version("torch"), **asdict(curve[-1])}
     write_json(REPORTS / f"metrics/train-{variant}.json", last)
 
 

@@ -13,11 +13,13 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from mnist_batchnorm import artefacts as artefacts_module
 from mnist_batchnorm.layout import VARIANTS
+from mnist_batchnorm.origin import Origin
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.parity import Check
 from mnist_batchnorm.results import read_confusion
-from mnist_batchnorm.runs import PARENT_TAG, Origin, Runs, curve_points
+from mnist_batchnorm.store import PARENT_TAG, Runs, curve_points
 from tests import store
 from tests.conftest import MnistBn
 from tests.finished import finish, write_parity
@@ -30,7 +32,7 @@ PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn
 
 @pytest.fixture(scope="module")
 def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every stage before track has run."""
+    """A folder in which every stage before sync has run."""
     folder = tmp_path_factory.mktemp("finished")
     finish(folder, prepared, params)
     (folder / "reports/plots").mkdir()
@@ -99,7 +101,7 @@ def everything(folder: Path) -> Any:
 
 
 def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
-    done = mnist_bn("track")
+    done = mnist_bn("sync")
     assert (done.status, done.err) == (0, "")
     runs = runs_by_variant(folder)
     assert runs.keys() == {"bn", "plain"}
@@ -128,7 +130,7 @@ def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
 
 
 def test_parity_and_models_are_those_of_batch_norm(folder: Path, mnist_bn: MnistBn) -> None:
-    mnist_bn("track")
+    mnist_bn("sync")
     runs = runs_by_variant(folder)
     assert runs["bn"].data.tags["parity"] == "passed"
     for name in ("bn.onnx", "bn-folded.onnx"):
@@ -140,7 +142,7 @@ def test_parity_and_models_are_those_of_batch_norm(folder: Path, mnist_bn: Mnist
 
 
 def test_runs_of_seeds_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
-    done = mnist_bn("track")
+    done = mnist_bn("sync")
     found = runs_of_seeds(folder)
     parent = found.pop("workspace/seeds")
     assert f"seeds: MLflow run {parent.info.run_id}" in done.out
@@ -182,7 +184,7 @@ def test_runs_of_seeds_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn)
 def test_runs_of_seeds_share_no_metric_with_the_training_runs(
     folder: Path, mnist_bn: MnistBn
 ) -> None:
-    mnist_bn("track")
+    mnist_bn("sync")
     trained, seeds = runs_by_variant(folder).values(), runs_of_seeds(folder).values()
     prefixes = [
         {name.partition("/")[0] for run in runs for name in run.data.metrics}
@@ -193,7 +195,7 @@ def test_runs_of_seeds_share_no_metric_with_the_training_runs(
 
 def test_what_the_gate_could_not_measure_is_no_metric(folder: Path, mnist_bn: MnistBn) -> None:
     write_parity(folder, [Check("file", "failed", "not an ONNX file")], summary={})
-    assert mnist_bn("track").status == 0
+    assert mnist_bn("sync").status == 0
     run = runs_by_variant(folder)["bn"]
     assert run.data.tags["parity"] == "failed"
     assert {name for name in run.data.metrics if "parity" in name} == {
@@ -205,7 +207,7 @@ def test_what_the_gate_could_not_measure_is_no_metric(folder: Path, mnist_bn: Mn
 def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: MnistBn) -> None:
     import mlflow
 
-    mnist_bn("track")
+    mnist_bn("sync")
     found = models(folder)
     assert [(model.name, model.status) for model in found] == [
         ("bn", "READY"),
@@ -234,19 +236,22 @@ def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: Mni
 
 
 def test_twice_is_once(folder: Path, mnist_bn: MnistBn) -> None:
-    first = mnist_bn("track")
+    first = mnist_bn("sync")
     before = everything(folder)
-    assert mnist_bn("track") == first
+    again = mnist_bn("sync")
+    assert (again.status, again.out, again.err) == (0, "MLflow has all of it\n", "")
+    (folder / "mlflow.db.synced").unlink()  # so that it looks at all of it again
+    assert mnist_bn("sync") == first
     assert everything(folder) == before
 
 
 def test_changed_report_is_logged_again_and_the_model_is_not(
     folder: Path, mnist_bn: MnistBn
 ) -> None:
-    mnist_bn("track")
+    mnist_bn("sync")
     before = [model.model_id for model in models(folder)]
     (folder / "reports/index.html").write_text("a better page")
-    mnist_bn("track")
+    mnist_bn("sync")
     for run in runs_by_variant(folder).values():
         assert artefacts(folder, run)["index.html"] == b"a better page"
     assert [model.model_id for model in models(folder)] == before
@@ -257,13 +262,13 @@ def test_live_run_that_was_cut_off_is_completed(folder: Path, mnist_bn: MnistBn)
     row = {k: float(v) for k, v in zip(header.split(","), first.split(","), strict=True)}
     opened = Runs.open("mnist-batchnorm", folder)
     run_id = opened.record(Origin.of_workspace("bn", "cpu"), curve_points(row), "KILLED")
-    mnist_bn("track")
+    mnist_bn("sync")
     run = runs_by_variant(folder)["bn"]
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
     assert [step for step, _ in store.history(folder, run, "curves/train_loss")] == [1, 2, 3]
 
 
-def test_model_whose_upload_was_cut_short_is_replaced(
+def test_model_whose_upload_failed_is_not_left_behind(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.onnx
@@ -273,11 +278,23 @@ def test_model_whose_upload_was_cut_short_is_replaced(
 
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.onnx, "log_model", full)
-        done = mnist_bn("track")
+        done = mnist_bn("sync")
     assert done.status == 0
     assert "No space left on device" in done.err.splitlines()[0]
-    assert [model.status for model in models(folder)] == ["PENDING"]
-    assert mnist_bn("track").err == ""
+    assert models(folder) == []
+
+
+def test_model_whose_upload_was_killed_is_replaced(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mnist_bn("sync")
+    client, (model, _) = store.client(folder), models(folder)
+    experiment, run_id, sha256 = model.experiment_id, model.source_run_id, model.tags["sha256"]
+    client.delete_logged_model(model.model_id)
+    client.create_logged_model(experiment, "bn", run_id, tags={"sha256": sha256})
+    assert "PENDING" in [model.status for model in models(folder)]
+    monkeypatch.setattr(artefacts_module, "UPLOAD_TIME", -1)  # ms
+    assert mnist_bn("sync").err == ""
     assert [(model.name, model.status) for model in models(folder)] == [
         ("bn", "READY"),
         ("bn-folded", "READY"),
@@ -298,7 +315,7 @@ def test_hiccup_of_the_server_is_no_trouble(
         return run
 
     monkeypatch.setattr(MlflowClient, "create_run", answer_lost)
-    assert mnist_bn("track").err == ""
+    assert mnist_bn("sync").err == ""
     assert runs_by_variant(folder).keys() == {"bn", "plain"}
 
 
@@ -306,7 +323,7 @@ def test_experiment_gives_its_name_to_the_runs(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_EXP_NAME", "slower")
-    mnist_bn("track")
+    mnist_bn("sync")
     runs = store.all_runs(folder)
     assert {run.info.run_name for run in runs if PARENT_TAG not in run.data.tags} == {
         "slower/bn",
@@ -317,7 +334,7 @@ def test_experiment_gives_its_name_to_the_runs(
 
 
 def test_it_says_where_to_compare(folder: Path, mnist_bn: MnistBn) -> None:
-    last = mnist_bn("track").out.splitlines()[-1]
+    last = mnist_bn("sync").out.splitlines()[-1]
     experiment = store.all_runs(folder)[0].info.experiment_id
     assert last == (
         "compare them: make ui (port 5000 unless PORT= says otherwise), "
@@ -333,41 +350,20 @@ def test_it_says_where_to_compare(folder: Path, mnist_bn: MnistBn) -> None:
 
 
 def record(folder: Path) -> Any:
-    return json.loads((folder / "reports/tracked.json").read_text())
+    return json.loads((folder / "reports/synced.json").read_text())
 
 
 def test_record_is_about_the_content_only(folder: Path, mnist_bn: MnistBn) -> None:
-    mnist_bn("track")
-    first = (folder / "reports/tracked.json").read_bytes()
-    keys = {v: run.data.tags["mnist_bn.key"] for v, run in runs_by_variant(folder).items()}
-    keys["seeds"] = runs_of_seeds(folder)["workspace/seeds"].data.tags["mnist_bn.key"]
-    assert {name: entry["key"] for name, entry in record(folder).items()} == keys
+    mnist_bn("sync")
+    first = record(folder)
+    assert first["files"].keys() >= {"reports/index.html", "models/plain.safetensors"}
     (folder / "mlflow.db").write_bytes(store.empty_database())
-    mnist_bn("track")
-    assert (folder / "reports/tracked.json").read_bytes() == first
-
-
-@pytest.mark.parametrize(
-    ("path", "concerned"),
-    [
-        ("reports/index.html", {"bn", "plain"}),
-        ("reports/plots/confusion-plain.svg", {"plain"}),
-        ("reports/metrics/test-bn.json", {"bn"}),
-        ("reports/plots/seeds.svg", {"seeds"}),
-    ],
-)
-def test_record_differs_where_the_results_do(
-    folder: Path, mnist_bn: MnistBn, path: str, concerned: set[str]
-) -> None:
-    mnist_bn("track")
-    before = record(folder)
-    text = (folder / path).read_text()
-    changed = text.replace('"loss": 0.', '"loss": 1.') if path.endswith("json") else f"{text} "
-    (folder / path).write_text(changed)
-    mnist_bn("track")
-    after = record(folder)
-    assert {v for v in before if before[v] != after[v]} == concerned
-    assert all(before[v]["key"] == after[v]["key"] for v in before)
+    mnist_bn("sync")
+    assert record(folder) == first
+    (folder / "reports/index.html").write_text("another page")
+    mnist_bn("sync")
+    after = record(folder)["files"]
+    assert {p for p in after if after[p] != first["files"][p]} == {"reports/index.html"}
 
 
 @pytest.mark.parametrize("server", store.BAD_SERVERS)
@@ -377,25 +373,42 @@ def test_bad_server_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     server: Callable[[], AbstractContextManager[str]],
 ) -> None:
-    assert mnist_bn("track").status == 0
+    assert mnist_bn("sync").status == 0
     expected = record(folder)
-    (folder / "reports/tracked.json").unlink()
+    (folder / "reports/synced.json").unlink()
     start = time.monotonic()
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        done = mnist_bn("track")
+        done = mnist_bn("sync")
     assert time.monotonic() - start < 6
     assert (done.status, done.out) == (0, "")
     assert record(folder) == expected
     warning, advice = done.err.splitlines()
     assert warning.startswith(f"warning: MLflow at {uri}: ")
-    assert advice == "MLflow does not have all of the runs; `mnist-bn track` tries again"
+    assert advice == "MLflow does not have all of it; `mnist-bn sync` goes on from here"
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("missing", ["reports/curves/plain.csv", "models/plain.safetensors"])
+def test_without_trainings_there_is_nothing_to_tell(
+    folder: Path, mnist_bn: MnistBn, missing: str
+) -> None:
+    remove(folder / missing)
+    done = mnist_bn("sync")
+    assert (done.status, done.out) == (2, "")
+    assert f"no {missing}; run `dvc repro train` first" in done.err
+    assert not (folder / "reports/synced.json").exists()
 
 
 @pytest.mark.parametrize(
     ("missing", "stage"),
     [
-        ("reports/curves/plain.csv", "train"),
         ("reports/metrics/test-bn.json", "evaluate"),
         ("reports/parity.json", "verify"),
         ("models/bn.onnx", "export"),
@@ -406,15 +419,14 @@ def test_bad_server_is_a_warning(
         ("reports/metrics/seeds.json", "seeds"),
     ],
 )
-def test_missing_input_names_the_stage(
+def test_without_a_later_stage_the_trainings_are_told(
     folder: Path, mnist_bn: MnistBn, missing: str, stage: str
 ) -> None:
-    path = folder / missing
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    done = mnist_bn("track")
-    assert (done.status, done.out) == (2, "")
-    assert done.err == f"error: no {missing}; run `dvc repro {stage}` first\n"
-    assert not (folder / "reports/tracked.json").exists()
+    remove(folder / missing)
+    done = mnist_bn("sync")
+    assert done.status == 0
+    assert done.err == f"the trainings alone: no {missing}; run `dvc repro {stage}` first\n"
+    for run in runs_by_variant(folder).values():
+        assert run.info.status == "FINISHED"
+        assert len(store.history(folder, run, "curves/valid_loss")) == 3
+        assert "test/accuracy" not in run.data.metrics

@@ -1,0 +1,246 @@
+"""Stage sync: bring MLflow to the state of the files, and leave alone what is there.
+
+The files are the truth and MLflow is a view of them: runs that are missing, half written or were
+interrupted are completed from ``reports/`` and ``models/``, and its model registry from
+``models/registry.json``. Doing it twice, or two at once, is doing it once.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import click
+
+from mnist_batchnorm.address import without_password
+from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.files import hashes, write_json
+from mnist_batchnorm.layout import MODELS, REGISTRY, SEEDS, SYNCED, TEST_SPLIT, VARIANTS, repository
+from mnist_batchnorm.synced import Held, remember, remembered, state_of, still_there, told_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from mnist_batchnorm.outcomes import Outcome, SeedsOutcome
+    from mnist_batchnorm.store import Runs
+
+PULL = "`dvc pull --all-commits` fetches what a remote has"
+EXAMPLES = 3  # test images in the models' input example
+
+
+@click.command()
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also what every commit and DVC experiment holds whose outputs are in DVC's cache.",
+)
+def command(everything: bool) -> None:
+    """Bring MLflow to the state of the files.
+
+    Completes runs, their artefacts, and the model registry. A store that cannot be reached is worth
+    a warning, not a failed pipeline: nothing is lost, the same command goes on later.
+    """
+    root = repository()
+    record = {"files": hashes([path for path in told_of() if path != REGISTRY])}
+    state = state_of(root, everything)
+    held = remembered(root, everything)
+    if held and held.state == state and still_there(root, held):
+        click.echo("MLflow has all of it")
+    else:
+        _bring(root, everything, state)
+    # DVC's out, about what was to be told: the same whether the store could be reached or not
+    write_json(SYNCED, record)
+
+
+def _bring(root: Path, everything: bool, state: str) -> None:
+    from mnist_batchnorm.store import warn
+
+    try:
+        held = _sync(root, everything, state)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
+        warn(error, root)
+        click.echo("MLflow does not have all of it; `mnist-bn sync` goes on from here", err=True)
+    else:
+        remember(root, everything, held)
+
+
+def _sync(root: Path, everything: bool, state: str) -> Held:
+    from tenacity import retry, stop_after_attempt, wait_fixed
+
+    from mnist_batchnorm.params import load_params
+    from mnist_batchnorm.store import Runs
+
+    experiment = load_params().sync.experiment
+
+    # what is done is not done again, so once more is all that a server's hiccup needs
+    @retry(stop=stop_after_attempt(2), wait=wait_fixed(0.5), reraise=True)
+    def attempt() -> tuple["Runs", dict[str, str], list[str], dict[str, dict[str, str]]]:
+        runs = Runs.open(experiment, root)
+        older = sync_history(runs) if everything else []
+        ids = sync_workspace(runs)
+        # an experiment in a folder of its own is a proposal until it is applied
+        aliases = sync_registry(runs) if Path.cwd().resolve() == root else {}
+        return runs, ids, older, aliases
+
+    runs, ids, older, aliases = attempt()
+    for name, run_id in ids.items():
+        click.echo(f"{name}: MLflow run {run_id}")
+    for name, of in aliases.items():
+        told = ", ".join(f"{alias} is version {version}" for alias, version in of.items())
+        click.echo(f"{name}: {told or 'nothing registered'}")
+    click.echo(f"compare them: {charts(runs)}")
+    held = [*ids.values(), *older]
+    return Held(state, held, runs.logged_models(ids.values()), aliases)
+
+
+def sync_workspace(runs: "Runs") -> dict[str, str]:
+    """Bring the runs of the results in the current folder to MLflow.
+
+    Returns:
+        The id of each run: ``bn``, ``plain`` and ``seeds``.
+
+    Raises:
+        UserError: There are no results.
+    """
+    from mnist_batchnorm.outcomes import read_outcomes, read_trainings
+
+    try:
+        outcomes, seeds = read_outcomes()
+    except UserError as error:
+        ids = sync_runs(runs, read_trainings(), None)
+        click.echo(f"the trainings alone: {error}", err=True)
+        return ids
+    return sync_runs(runs, outcomes, seeds)
+
+
+def sync_history(runs: "Runs") -> list[str]:
+    """Bring the runs of every commit and experiment to MLflow whose files can be had.
+
+    Returns:
+        The ids of the runs.
+    """
+    outs = [*(MODELS / f"{variant}.safetensors" for variant in VARIANTS), SEEDS]
+    found: list[str] = []
+    for commit in runs.history.results(outs):
+        found += sync_commit(runs, commit)
+    return found
+
+
+def sync_commit(runs: "Runs", commit: str) -> list[str]:
+    """Bring the runs of a commit's results to MLflow; say so where they cannot be had."""
+    from mnist_batchnorm.outcomes import read_outcomes
+
+    missing: list[str] = []
+    try:
+        with runs.history.checked_out(commit) as (folder, missing), contextlib.chdir(folder):
+            ids = sync_runs(runs, *read_outcomes())
+    except UserError as error:
+        lacks = f"; DVC's cache lacks {', '.join(missing)}: {PULL}" if missing else ""
+        click.echo(f"left out {runs.history.describe(commit)}: {error}{lacks}", err=True)
+        return []
+    click.echo(f"{runs.history.describe(commit)}: {', '.join(ids.values())}")
+    return list(ids.values())
+
+
+def sync_runs(
+    runs: "Runs", outcomes: "Sequence[Outcome]", seeds: "SeedsOutcome | None"
+) -> dict[str, str]:
+    """Bring the runs of one set of results to the state of its files."""
+    ids = {outcome.origin.variant: sync_run(runs, outcome) for outcome in outcomes}
+    if seeds:
+        ids["seeds"] = sync_seeds(runs, seeds)
+    return ids
+
+
+def sync_run(runs: "Runs", outcome: "Outcome") -> str:
+    """Bring one training run to the state of the files; twice is once.
+
+    Returns:
+        The run's id.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    from mnist_batchnorm.artefacts import REPORTS_TAG, log_onnx, log_reports
+    from mnist_batchnorm.store import now
+
+    with runs.lock:
+        run_id = runs.record(outcome.origin, outcome.curve, "FINISHED")
+        data = runs.client.get_run(run_id).data
+        metrics = [
+            Metric(name, value, now(), step=0)
+            for name, value in outcome.metrics.items()
+            if data.metrics.get(name) != value
+        ]
+        tags = [RunTag(*tag) for tag in outcome.tags.items() - data.tags.items()]
+        if metrics or tags:
+            runs.client.log_batch(run_id, metrics, tags=tags)
+        if outcome.reports:
+            log_reports(runs, run_id, outcome.reports, data.tags.get(REPORTS_TAG))
+        for path in outcome.models:
+            log_onnx(runs, path, path.stem, input_example(), run_id)
+    return run_id
+
+
+def sync_seeds(runs: "Runs", outcome: "SeedsOutcome") -> str:
+    """Bring the runs of stage seeds to the state of the files; twice is once.
+
+    Returns:
+        The id of the run over all.
+    """
+    from mnist_batchnorm.artefacts import REPORTS_TAG, log_reports
+
+    with runs.lock:
+        run_id = runs.record_seeds(outcome.origin, outcome.summary, outcome.runs)
+        logged = runs.client.get_run(run_id).data.tags.get(REPORTS_TAG)
+        log_reports(runs, run_id, outcome.reports, logged)
+    return run_id
+
+
+def sync_registry(runs: "Runs") -> dict[str, dict[str, str]]:
+    """Make MLflow's model registry show what ``models/registry.json`` says.
+
+    Returns:
+        The version of each alias of each model.
+    """
+    from mnist_batchnorm.ledger import Ledger
+    from mnist_batchnorm.registry import complete_registry, find_file
+
+    ledger = Ledger.load(REGISTRY)
+    for version in ledger.versions:
+        lost = [name for name in version.files if not find_file(runs, name, version)]
+        if lost:
+            click.echo(
+                f"version {version.version} of {', '.join(lost)} is not shown: its file is neither "
+                f"in models/ nor in DVC's cache; {PULL}",
+                err=True,
+            )
+        elif not runs.of_weights(version.weights_sha256):
+            file = next(iter(version.files.values()))
+            if commit := runs.history.first_commit(file.md5):
+                sync_commit(runs, commit)
+    with runs.lock:
+        return complete_registry(runs, ledger, input_example())
+
+
+def input_example() -> "npt.NDArray[np.float32]":
+    """Return the first test images as the models take them, float32 ``[3, 784]``."""
+    from mnist_batchnorm.dataset import load_split, network_input
+
+    return network_input(load_split(TEST_SPLIT).images[:EXAMPLES])
+
+
+def charts(runs: "Runs") -> str:
+    """Say where the UI shows the learning curves of all training runs in one chart each."""
+    # MLflow's front page is about language models
+    page = f"#/experiments/{runs.experiment_id}/runs?workflowType=machine_learning"
+    trainings = quote("tags.dvc.stage = 'train'")  # else the newest runs only: those of stage seeds
+    server = runs.uri.startswith(("http:", "https:"))
+    local = "make ui (port 5000 unless PORT= says otherwise), http://127.0.0.1:5000"
+    start = without_password(runs.uri.rstrip("/")) if server else local
+    return f"{start}/{page}&compareRunsMode=CHART&searchFilter={trainings}"

@@ -1,0 +1,173 @@
+"""Tool which: the run, parameters, data and commit that made a model file, found by its hash."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.files import digest
+from mnist_batchnorm.history import History, stages_of
+from mnist_batchnorm.layout import (
+    LOCK_FILE,
+    PARAMS_FILE,
+    REGISTERED,
+    REGISTRY,
+    WEIGHTS_KEY,
+    repository,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What made a file.
+
+    Attributes:
+        stage: of the pipeline.
+        path: where the stage put it.
+        commit: the oldest commit that holds it; None if it is in none yet.
+        subject: of that commit.
+        experiments: the DVC experiments that hold it.
+        params: by section.
+        data: MD5 of each file of data by path.
+    """
+
+    stage: str
+    path: str
+    commit: str | None
+    subject: str | None
+    experiments: tuple[str, ...]
+    params: dict[str, Any]
+    data: dict[str, str]
+
+
+def find_source(history: History, md5: str) -> Source | None:
+    """Find a file in the ``dvc.lock`` of the workspace, of commits and of experiments."""
+    made = history.made("", md5)
+    if made.recorded and made.commit:
+        stages = history.lock(made.commit)
+    else:
+        stages = stages_of(LOCK_FILE.read_text()) if LOCK_FILE.is_file() else {}
+    for name, stage in stages.items():
+        for out in stage.get("outs", ()):
+            if out.get("md5") != md5:
+                continue
+            deps = {
+                dep["path"]: dep["md5"]
+                for of in stages.values()
+                for dep in of.get("deps", ())
+                if dep["path"].startswith("data/prepared/")
+            }
+            params = {
+                section: values
+                for of in ("prepare", "train", name)
+                for section, values in stages.get(of, {}).get("params", {})
+                .get(str(PARAMS_FILE), {}).items()
+            }  # fmt: skip
+            recorded = made.commit if made.recorded else None
+            subject = history.describe(recorded) if recorded else None
+            return Source(name, out["path"], recorded, subject, made.experiments, params, deps)
+    return None
+
+
+def find_versions(sha256: str) -> list[dict[str, Any]]:
+    """Find a file among the registered versions."""
+    from mnist_batchnorm.ledger import Ledger
+
+    ledger = Ledger.load(REGISTRY)
+    return [
+        {
+            "model": name,
+            "version": version.version,
+            "champion": version == ledger.champion,
+            "decision": version.decision.outcome,
+        }
+        for version in ledger.versions
+        for name in REGISTERED
+        if version.files[name].sha256 == sha256
+    ]
+
+
+def weights_of(path: Path) -> str | None:
+    """Return the SHA-256 of the checkpoint that an ONNX file says it was made from."""
+    if path.suffix != ".onnx":
+        return None
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError):
+        return None
+    return {entry.key: entry.value for entry in model.metadata_props}.get(WEIGHTS_KEY)
+
+
+def find_run(weights_sha256: str) -> str | None:
+    """Return the id of the run that made a checkpoint; None if MLflow has none."""
+    from mnist_batchnorm.params import load_params
+    from mnist_batchnorm.store import opened
+
+    with opened(load_params().sync.experiment, repository()) as runs:
+        return runs.of_weights(weights_sha256)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def command(file: Path, as_json: bool) -> None:
+    """Tell what made a model or ONNX file, wherever it has been copied.
+
+    Looks for its hash in every commit and DVC experiment, the registry, and MLflow. Exit status:
+    0 known, 1 nothing here made these bytes, 2 the file cannot be read.
+    """
+    try:
+        sha256, md5 = digest(file), digest(file, "md5")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    source = find_source(History(repository()), md5)
+    versions = find_versions(sha256)
+    weights = weights_of(file) or (None if file.suffix == ".onnx" else sha256)
+    try:
+        run_id = find_run(weights) if weights and (source or versions) else None
+        trouble = None
+    except UserError as error:
+        run_id, trouble = None, str(error)
+    found = {
+        "sha256": sha256,
+        "weights_sha256": weights,
+        "run_id": run_id,
+        "source": asdict(source) if source else None,
+        "registered": versions,
+    }
+    click.echo(json.dumps(found, indent=2) if as_json else describe(file, found))
+    if trouble:
+        click.echo(f"warning: {trouble}", err=True)
+    if not (source or versions):
+        says = weights and weights != sha256
+        claim = f"; it says it was made from the weights {weights}" if says else ""
+        raise CheckFailedError(f"no commit, experiment or version here made {file}{claim}")
+
+
+def describe(file: Path, found: dict[str, Any]) -> str:
+    """Return what was found, for people."""
+    lines = [f"{file}", f"  sha256       {found['sha256']}"]
+    if found["weights_sha256"] not in (None, found["sha256"]):
+        lines.append(f"  weights      {found['weights_sha256']}")
+    if source := found["source"]:
+        commit = source["subject"] or "none yet: the results are not committed"
+        lines += [
+            f"  made by      stage {source['stage']}, as {source['path']}",
+            f"  commit       {commit}",
+            f"  experiments  {', '.join(source['experiments']) or 'none'}",
+        ]
+        for section, values in source["params"].items():
+            told = ", ".join(f"{name} {value}" for name, value in values.items())
+            lines.append(f"  {section:<12} {told}")
+        lines += [f"  data         {md5}  {path}" for path, md5 in source["data"].items()]
+    lines.append(f"  MLflow run   {found['run_id'] or 'none'}")
+    for one in found["registered"]:
+        champion = ", champion" if one["champion"] else ""
+        lines.append(f"  registered   {one['model']} version {one['version']}{champion}")
+    return "\n".join(lines)
