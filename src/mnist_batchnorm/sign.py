@@ -136,8 +136,8 @@ def new_key_pair(private_key: Path, passphrase: bytes | None = None) -> Path:
         The public key's file.
 
     Raises:
-        UserError: One of the files exists or cannot be written, or the extra ``signing`` is not
-            installed.
+        UserError: One of the files exists or cannot be written, the passphrase is too long, or the
+            extra ``signing`` is not installed. Then there is neither file.
     """
     _require_extra()
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -158,11 +158,11 @@ def new_key_pair(private_key: Path, passphrase: bytes | None = None) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     encryption: KeySerializationEncryption = NoEncryption()
     if passphrase:
-        try:
-            encryption = BestAvailableEncryption(passphrase)
-        except ValueError as error:
-            raise UserError(f"the passphrase cannot be used: {error}") from None
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+        encryption = BestAvailableEncryption(passphrase)
+    try:
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    except ValueError as error:  # more than 1023 bytes
+        raise UserError(f"the passphrase cannot be used: {error}") from None
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     _create(private_key, secret, 0o600)
     try:
@@ -244,7 +244,7 @@ def _read_key(path: Path) -> bytes:
 
 def _other_kind(path: Path, key: object) -> str:
     kind = type(key).__name__.removesuffix("PrivateKey").removesuffix("PublicKey")
-    return f"{path} is an {kind} key; this takes elliptic-curve keys, {_curves()}"
+    return f"{path} is a key of kind {kind}; this takes elliptic-curve keys, {_curves()}"
 
 
 def _check_curve(path: Path, curve: str) -> None:

@@ -3,6 +3,7 @@
 By itself the library looks at everything in a folder except what the signature says to ignore.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -36,8 +37,8 @@ class SignedFiles(hashing.Config):
             model_path: the folder.
             files_to_hash: these too: the files that a signature names.
         """
-        folder = Path(str(model_path))
-        wanted = {*self._select(folder), *(Path(str(path)) for path in files_to_hash or ())}
+        folder = Path(os.fsdecode(model_path))
+        wanted = {*self._select(folder), *(Path(os.fsdecode(path)) for path in files_to_hash or ())}
         present = sorted(path for path in wanted if path.is_file())
         hashed = super().hash(folder, files_to_hash=present)
         self.found = {
