@@ -11,7 +11,8 @@ import click
 
 from mnist_batchnorm.errors import CheckFailedError, UserError
 
-# Command (and module) name -> summary. The summaries stand here so that --help imports no stage.
+# Command -> summary. The summaries stand here so that --help imports no stage. A command's module
+# has its name, with _ for -.
 COMMANDS = {
     "download": "Fetch the four MNIST files and verify their hashes.",
     "prepare": "Split the images into train, valid and test.",
@@ -25,6 +26,8 @@ COMMANDS = {
     "runs": "List MLflow's runs beside their commits and experiments.",
     "which": "Tell what made a model file, by its hash.",
     "regress": "Compare the exported model's outputs with the golden ones.",
+    "sign": "Sign the model files.",
+    "verify-signature": "Check that the model files are those that a key's owner signed.",
 }
 
 
@@ -39,7 +42,7 @@ class StageGroup(click.Group):
         """Import the command's module and return its ``command`` object."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"mnist_batchnorm.{cmd_name}")
+        module = importlib.import_module(f"mnist_batchnorm.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         command.name = cmd_name
         return command
