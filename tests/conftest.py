@@ -20,6 +20,7 @@ from hypothesis import settings
 from mnist_batchnorm import cli
 from mnist_batchnorm.params import Params, PrepareParams, load_params
 from mnist_batchnorm.prepare import prepare
+from tests import services, store
 
 if TYPE_CHECKING:
     from mnist_batchnorm.model import Checkpoint
@@ -117,6 +118,25 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "params.yaml", folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Shared]:
+    """One MLflow server on PostgreSQL for all tests of this process."""
+    with services.mlflow_on_postgres(tmp_path_factory.mktemp("server")) as shared:
+        yield shared
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store to track to: the default one, or a server on PostgreSQL over HTTP."""
+    store.use_settings(monkeypatch)
+    if request.param == "server":
+        shared: services.Shared = request.getfixturevalue("shared_server")
+        shared.empty()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", shared.uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds: the machine may be busy
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 
 from tests import commands
@@ -249,6 +250,29 @@ def mlflow_server(
         yield server
     finally:
         server.kill()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A server on PostgreSQL that tests use one after the other."""
+
+    uri: str
+    database: str
+
+    def empty(self) -> None:
+        """Forget everything but the schema; what the artefacts were stays on disk, unseen."""
+        with psycopg.connect(self.database.replace("+psycopg", "")) as connection:
+            connection.execute("TRUNCATE experiments, registered_models CASCADE")
+
+
+@contextlib.contextmanager
+def mlflow_on_postgres(folder: Path) -> Iterator[Shared]:
+    """MLflow as a team runs it: a server over HTTP, PostgreSQL behind it, proxied artefacts."""
+    with (
+        postgres(folder) as database,
+        mlflow_server(database, str(folder / "artefacts"), folder=folder) as server,
+    ):
+        yield Shared(server.uri, database)
 
 
 # -------------------------------------------------------------------------------------- faults

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.numpy import save_file
 
+from mnist_batchnorm.address import tracking_uri
 from mnist_batchnorm.layout import CHECKPOINT_KEY
 from mnist_batchnorm.store import ENVIRONMENT, Point, Runs, curve_points
 
@@ -105,10 +106,10 @@ def write_checkpoint(path: Path, content: str = "weights") -> None:
 
 
 def client(folder: Path) -> "MlflowClient":
-    """Connect to the database in a folder."""
+    """Connect to the store of a folder: its database, or the server that is set."""
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return MlflowClient(tracking_uri(folder))
 
 
 def all_runs(folder: Path) -> "list[Run]":
@@ -117,6 +118,15 @@ def all_runs(folder: Path) -> "list[Run]":
     ids = [e.experiment_id for e in found.search_experiments()]
     result: list[Run] = found.search_runs(ids, order_by=["attributes.start_time ASC"])
     return result
+
+
+def artefacts(folder: Path, run: "Run") -> dict[str, bytes]:
+    """Every file that was logged to a run, by its path."""
+    import mlflow.artifacts
+
+    uri = tracking_uri(folder)
+    top = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, tracking_uri=uri))
+    return {p.relative_to(top).as_posix(): p.read_bytes() for p in top.rglob("*") if p.is_file()}
 
 
 def stage_of(run: "Run") -> str:

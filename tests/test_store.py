@@ -23,12 +23,19 @@ EXPERIMENT = "mnist-batchnorm"
 
 
 @pytest.fixture
-def folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, ready to be trained in, with an empty store."""
+def local(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, ready to be trained in, with an empty database."""
     store.use_settings(monkeypatch)
     store.make_trainable(project)
     (project / "mlflow.db").write_bytes(store.empty_database())
     return project
+
+
+@pytest.fixture
+def folder(local: Path, backend: str) -> Path:
+    """The same with a store of either kind."""
+    assert backend
+    return local
 
 
 @pytest.fixture
@@ -40,9 +47,9 @@ def opened(folder: Path) -> Runs:
 
 
 def test_default_store_is_in_dvc_root(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tracking_uri(repository()) == f"sqlite:///{folder}/mlflow.db"
+    assert tracking_uri(repository()) == f"sqlite:///{local}/mlflow.db"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # an experiment in a temporary copy
     assert tracking_uri(repository()) == f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -64,11 +71,11 @@ def test_tracking_uri_of_the_user_goes_first(
 
 
 def test_artefacts_are_beside_the_database_wherever_the_process_runs(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "with space and ü"
     root.mkdir()
-    shutil.copy(folder / "mlflow.db", root)
+    shutil.copy(local / "mlflow.db", root)
     monkeypatch.chdir(tmp_path)
     opened = Runs.open(EXPERIMENT, root)
     run = opened.client.create_run(opened.experiment_id)
@@ -77,9 +84,9 @@ def test_artefacts_are_beside_the_database_wherever_the_process_runs(
 
 
 def test_database_whose_creation_fails_is_not_left_behind(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "mlflow.db").unlink()
+    (local / "mlflow.db").unlink()
 
     def killed(uri: str, _artifacts: str) -> None:
         Path(uri.removeprefix("sqlite:///")).write_bytes(b"half a database")
@@ -89,19 +96,19 @@ def test_database_whose_creation_fails_is_not_left_behind(
 
     monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", killed)
     with pytest.raises(KeyboardInterrupt):
-        Runs.open(EXPERIMENT, folder)
-    assert {path.name for path in folder.glob("*mlflow*")} <= {"mlflow.db.lock"}
+        Runs.open(EXPERIMENT, local)
+    assert {path.name for path in local.glob("*mlflow*")} <= {"mlflow.db.lock"}
 
 
 @pytest.mark.parametrize("server", store.BAD_SERVERS)
 def test_bad_server_is_noticed_in_seconds(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, server: Callable[[], AbstractContextManager[str]]
+    local: Path, monkeypatch: pytest.MonkeyPatch, server: Callable[[], AbstractContextManager[str]]
 ) -> None:
     start = time.monotonic()
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(Exception, match=r"127\.0\.0\.1"):
-            Runs.open(EXPERIMENT, folder)
+            Runs.open(EXPERIMENT, local)
     assert time.monotonic() - start < 4  # the hanging one: the timeout of 1 s
 
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from mnist_batchnorm import artefacts as artefacts_module
+from mnist_batchnorm import artefacts
 from mnist_batchnorm.layout import VARIANTS
 from mnist_batchnorm.origin import Origin
 from mnist_batchnorm.params import Params
@@ -46,9 +46,9 @@ def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def folder(project: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(project: Path, results: Path, backend: str) -> Path:
     """The working folder, with all of that and an empty store."""
-    store.use_settings(monkeypatch)
+    assert backend
     shutil.copytree(results, project, dirs_exist_ok=True)
     return project
 
@@ -69,15 +69,6 @@ def runs_of_seeds(folder: Path) -> "dict[str, Run]":
     return by_name
 
 
-def artefacts(folder: Path, run: "Run") -> dict[str, bytes]:
-    top = folder / f"mlartifacts/{run.info.run_id}/artifacts"
-    return {
-        path.relative_to(top).as_posix(): path.read_bytes()
-        for path in top.rglob("*")
-        if path.is_file()
-    }
-
-
 def models(folder: Path) -> "list[LoggedModel]":
     client = store.client(folder)
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -85,7 +76,7 @@ def models(folder: Path) -> "list[LoggedModel]":
 
 
 def everything(folder: Path) -> Any:
-    """All that the store holds, artefacts with the time they were written."""
+    """All that the store holds, with the times, and artefacts with the time they were written."""
     files = {
         path: path.stat().st_mtime_ns
         for path in (folder / "mlartifacts").rglob("*")
@@ -124,7 +115,7 @@ def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
         parity = []
         if variant == "bn":
             parity = ["parity.json", "plots/parity-bn.svg", "plots/parity-bn-folded.svg"]
-        assert artefacts(folder, run) == {
+        assert store.artefacts(folder, run) == {
             name: (folder / "reports" / name).read_bytes() for name in [*common, *own, *parity]
         }
 
@@ -161,7 +152,7 @@ def test_runs_of_seeds_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn)
         "seeds/bn_minus_plain_test_accuracy_high": gain["interval_95"][1],
     }
     assert parent.info.status == "FINISHED"
-    assert artefacts(folder, parent) == {
+    assert store.artefacts(folder, parent) == {
         name: (folder / "reports" / name).read_bytes()
         for name in ("plots/seeds.svg", "metrics/seeds.json", "curves/seeds.csv")
     }
@@ -215,7 +206,8 @@ def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: Mni
     ]
     images = np.random.default_rng(0).random((5, 784), dtype=np.float32)
     for model in found:
-        (logged,) = folder.glob(f"mlartifacts/models/{model.model_id}/artifacts/*.onnx")
+        uri = f"models:/{model.model_id}"
+        (logged,) = Path(mlflow.artifacts.download_artifacts(uri)).glob("*.onnx")
         assert logged.read_bytes() == (folder / f"models/{model.name}.onnx").read_bytes()
         assert model.params["train.lr"] == "0.01"
         assert model.params["export.opset"] == "20"
@@ -253,7 +245,7 @@ def test_changed_report_is_logged_again_and_the_model_is_not(
     (folder / "reports/index.html").write_text("a better page")
     mnist_bn("sync")
     for run in runs_by_variant(folder).values():
-        assert artefacts(folder, run)["index.html"] == b"a better page"
+        assert store.artefacts(folder, run)["index.html"] == b"a better page"
     assert [model.model_id for model in models(folder)] == before
 
 
@@ -293,7 +285,7 @@ def test_model_whose_upload_was_killed_is_replaced(
     client.delete_logged_model(model.model_id)
     client.create_logged_model(experiment, "bn", run_id, tags={"sha256": sha256})
     assert "PENDING" in [model.status for model in models(folder)]
-    monkeypatch.setattr(artefacts_module, "UPLOAD_TIME", -1)  # ms
+    monkeypatch.setattr(artefacts, "UPLOAD_TIME", -1)  # ms
     assert mnist_bn("sync").err == ""
     assert [(model.name, model.status) for model in models(folder)] == [
         ("bn", "READY"),
