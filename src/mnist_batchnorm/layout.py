@@ -14,7 +14,12 @@ MODELS = Path("models")
 CHECKPOINT = MODELS / "bn.safetensors"  # what the ONNX files are made from
 GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # in models/ -> whether batch norm is folded
 
+# Registered name -> its file in models/. Both are one network, so they share every version number.
+REGISTERED = {"mnist-bn": "bn.onnx", "mnist-bn-folded": "bn-folded.onnx"}
+REGISTRY = MODELS / "registry.json"  # which version is champion, and why; in git
+
 REPORTS = Path("reports")
+PROMOTION = REPORTS / "promotion.json"
 SEEDS = REPORTS / "metrics/seeds.json"
 SEED_CURVES = REPORTS / "curves/seeds.csv"
 
