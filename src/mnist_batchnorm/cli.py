@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "Measure the networks on the test images.",
     "export": "Export the batch-norm network to ONNX in eval mode.",
     "verify": "Prove that ONNX Runtime computes what PyTorch computes.",
+    "register": "Register the ONNX files, and make them champion if every rule allows it.",
     "report": "Draw the plots and write the HTML report and the model card.",
     "track": "Complete the MLflow runs from the files on disk.",
     "regress": "Compare the exported model's outputs with the golden ones.",
