@@ -24,6 +24,8 @@ COMMANDS = {
     "report": "Draw the plots and write the HTML report and the model card.",
     "track": "Complete the MLflow runs from the files on disk.",
     "regress": "Compare the exported model's outputs with the golden ones.",
+    "promote": "Make a registered version the champion.",
+    "rollback": "Put the champion before the present one back.",
 }
 
 
