@@ -24,7 +24,7 @@ help: ## List the goals.
 setup: ## Make or update .venv from requirements.lock.
 	@$(PYTHON) scripts/setup_env.py
 
-repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, report, track.
+repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, verify, register, report, track.
 	@$(IN_VENV) dvc repro
 	@echo
 	@echo 'Next:'
