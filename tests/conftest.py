@@ -129,7 +129,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services
 
 @pytest.fixture(params=["sqlite", "server"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty store to track to: the default one, or a server on PostgreSQL over HTTP."""
+    """An empty store: the default one, or a server on PostgreSQL over HTTP."""
     store.use_settings(monkeypatch)
     if request.param == "server":
         shared: services.Shared = request.getfixturevalue("shared_server")

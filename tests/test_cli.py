@@ -68,7 +68,7 @@ def test_download_and_prepare_import_nothing_heavy(
 
 @pytest.mark.parametrize(
     ("command", "needed"),
-    [("report", {"matplotlib"}), ("track", {"mlflow", "onnx"})],
+    [("report", {"matplotlib"}), ("sync", {"mlflow", "onnx"})],
 )
 def test_stages_about_results_do_without_torch(
     project: Path,
@@ -197,6 +197,7 @@ def test_wrong_usage_exits_2(line: list[str], message: str, mnist_bn: MnistBn) -
     assert done.out == ""
 
 
+WORDS = {"promote": ["promote", "1"]}  # what takes an argument
 WHAT_TO_DO = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")
 
 
@@ -205,7 +206,7 @@ def test_outside_the_project_each_command_exits_2_and_says_what_to_do(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = mnist_bn(command)
+    done = mnist_bn(*WORDS.get(command, [command]))
     assert done.status == 2
     assert done.out == ""
     assert done.err.startswith("error: ")
@@ -217,7 +218,7 @@ def test_outside_the_project_each_command_exits_2_and_says_what_to_do(
 def test_before_the_stages_it_needs_each_command_exits_2_and_says_what_to_do(
     command: str, project: Path, mnist_bn: MnistBn
 ) -> None:
-    done = mnist_bn(command)
+    done = mnist_bn(*WORDS.get(command, [command]))
     assert done.status == 2
     assert done.out == ""
     assert re.search(r"^error: ", done.err, re.MULTILINE)

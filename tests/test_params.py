@@ -113,7 +113,7 @@ def test_misspelt_key_is_named(key: str) -> None:
         (key, value)
         for key in VALUES
         for value in (None, {"a": 1}, True, "", -1.5)
-        if (key, value) != ("train.portable", True)
+        if (key, value) not in [("train.portable", True), ("register.signed_by", None)]
     ],
 )
 def test_wrong_type_is_named(key: str, value: object) -> None:
@@ -166,7 +166,14 @@ def test_section_that_is_none_is_named(key: str, value: object) -> None:
         ("evaluate.calibration_bins", 10_001, "less than or equal to 10000"),
         ("export.opset", 17, "greater than or equal to 18"),
         ("export.opset", 24, "less than or equal to 23"),
-        ("track.experiment", "", "at least 1 character"),
+        ("register.min_accuracy", 1.001, "less than or equal to 1"),
+        ("register.min_accuracy", "0.9", "valid number"),
+        ("register.min_accuracy", float("nan"), "finite number"),
+        ("register.alpha", 0, "greater than 0"),
+        ("register.alpha", 1, "less than 1"),
+        ("register.signed_by", 1, "valid string"),
+        ("register.signed_by", "", "at least 1 character"),
+        ("sync.experiment", "", "at least 1 character"),
     ],
 )
 def test_impossible_value_is_named(key: str, value: object, reason: str) -> None:
@@ -190,11 +197,14 @@ def test_impossible_value_is_named(key: str, value: object, reason: str) -> None
         ("train.device", "cuda:10"),
         ("export.opset", 18),
         ("export.opset", 23),
+        ("register.min_accuracy", 0),
+        ("register.min_accuracy", 1),
+        ("register.signed_by", "release.pub"),
     ],
 )
 def test_value_at_the_edge_is_taken(key: str, value: object) -> None:
     section, name = key.split(".")
-    parsed = parse_params(changed(key, value)).model_dump(mode="json")
+    parsed = parse_params(changed(key, value)).model_dump(by_alias=True, mode="json")
     assert parsed[section][name] == value
 
 

@@ -32,6 +32,8 @@ PROJECT_FILES = (
     "dvc.yaml",
     "params.yaml",
     "src",
+    "tests/regression/images.safetensors",
+    "tests/regression/pipeline-goldens.json",
 )
 
 
@@ -135,7 +137,8 @@ def test_outputs_that_dvc_keeps_stay_out_of_git(project: Project) -> None:
     untracked = project.check("git", "status", "--porcelain", "--untracked-files=all").split()
     changed = {name for name in untracked if name not in {"??", "M"}}
     assert "dvc.lock" in changed
-    assert {name.split("/")[0] for name in changed} == {"dvc.lock", "reports"}
+    assert {name.split("/")[0] for name in changed} == {"dvc.lock", "models", "reports"}
+    assert {name for name in changed if name.startswith("models/")} == {"models/registry.json"}
 
 
 def test_curve_has_a_row_an_epoch(project: Project) -> None:
@@ -260,7 +263,7 @@ def test_export_parameter_reruns_export_and_what_follows(tmp_path: Path, project
     (copy.folder / "params.yaml").write_text(params.replace("opset: 20", "opset: 19"))
     output = copy.check("dvc", "repro")
     ran = {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
-    assert ran == {"export", "verify", "report", "track"}
+    assert ran == {"export", "verify", "register", "report", "sync"}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from mnist_batchnorm.tracking import live_runs
 from tests import store
 
 INCOMPLETE = (
-    "MLflow does not have all of this yet; `mnist-bn track` (the last stage of `dvc repro`) "
+    "MLflow does not have all of this yet; `mnist-bn sync` (the last stage of `dvc repro`) "
     "completes it from the files"
 )
 

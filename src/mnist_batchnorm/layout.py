@@ -18,9 +18,9 @@ MODELS = Path("models")
 CHECKPOINT = MODELS / "bn.safetensors"  # what the ONNX files are made from
 GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # in models/ -> whether batch norm is folded
 
-# Registered in MLflow under these names, with one version number for both
+# Registered name -> its file in models/. Both are one network, so they share every version number.
 REGISTERED = {"mnist-bn": "bn.onnx", "mnist-bn-folded": "bn-folded.onnx"}
-REGISTRY = MODELS / "registry.json"
+REGISTRY = MODELS / "registry.json"  # which version is champion, and why; in git
 
 REPORTS = Path("reports")
 PROMOTION = REPORTS / "promotion.json"

@@ -94,6 +94,14 @@ class ExportParams(Section):
     opset: Annotated[int, Field(ge=18, le=23)]
 
 
+class RegisterParams(Section):
+    """What a model must do to become the champion."""
+
+    min_accuracy: Annotated[float, Field(ge=0, le=1)]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    signed_by: Annotated[str, StringConstraints(min_length=1)] | None
+
+
 class SyncParams(Section):
     """Where MLflow shows the runs."""
 
@@ -109,6 +117,7 @@ class Params(Section):
     seeds: SeedsParams
     evaluate: EvaluateParams
     export: ExportParams
+    registration: Annotated[RegisterParams, Field(alias="register")]  # pydantic's classes have it
     sync: SyncParams
 
 

@@ -311,6 +311,33 @@ def regress(graph: Graph, goldens: Goldens, split: Split) -> Comparison:
     return max(comparisons, key=lambda c: (len(c.flips), c.max_change))
 
 
+def load_fixture() -> tuple[Split, str]:
+    """Read the images of the fixture, and the SHA-256 of their file.
+
+    Raises:
+        UserError: The file is missing or does not hold images.
+    """
+    if not IMAGES.exists():
+        raise UserError(f"no {IMAGES} in {Path.cwd()}; run this in the folder that holds dvc.yaml")
+    return load_split(IMAGES), digest(IMAGES)
+
+
+def compare_with_goldens(
+    graphs: Sequence[Graph], split: Split, images_sha256: str
+) -> tuple[Goldens, dict[str, Comparison]]:
+    """Compare each graph with the pinned goldens.
+
+    Returns:
+        The goldens, and the worst comparison of each graph by its file's name.
+
+    Raises:
+        UserError: The goldens are missing, unreadable or of other images.
+        CheckFailedError: A graph cannot run on the fixture.
+    """
+    goldens = load_goldens(GOLDENS, split, images_sha256)
+    return goldens, {graph.path.name: regress(graph, goldens, split) for graph in graphs}
+
+
 def pin(graphs: Sequence[Graph], split: Split, images_sha256: str) -> Goldens:
     """Make the outputs of the first graph the goldens of all.
 
@@ -403,17 +430,14 @@ def command(update: bool, as_json: bool) -> None:
     """
     if update and as_json:
         raise click.UsageError("--update compares nothing, so there is no JSON to print.")
-    if not IMAGES.exists():
-        raise UserError(f"no {IMAGES} in {Path.cwd()}; run this in the folder that holds dvc.yaml")
-    split, images_sha256 = load_split(IMAGES), digest(IMAGES)
+    split, images_sha256 = load_fixture()
     graphs = [load_graph(MODELS / name) for name in GRAPHS]
     if update:
         save_goldens(GOLDENS, pin(graphs, split, images_sha256))
         click.echo(f"{GOLDENS}: pinned the outputs of {graphs[0].path} for {len(split)} images")
         return
 
-    goldens = load_goldens(GOLDENS, split, images_sha256)
-    comparisons = {graph.path.name: regress(graph, goldens, split) for graph in graphs}
+    goldens, comparisons = compare_with_goldens(graphs, split, images_sha256)
     if as_json:
         click.echo(json.dumps(to_json(goldens, graphs, comparisons), indent=2))
     else:

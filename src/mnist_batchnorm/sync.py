@@ -44,33 +44,49 @@ def command(everything: bool) -> None:
     Completes runs, their artefacts, and the model registry. A store that cannot be reached is worth
     a warning, not a failed pipeline: nothing is lost, the same command goes on later.
     """
+    sync(everything)
+
+
+def sync(everything: bool = False, *, to_stderr: bool = False) -> None:
+    """Bring MLflow to the state of the files; a store that does not work is worth a warning.
+
+    Args:
+        everything: also what commits and experiments hold.
+        to_stderr: say what was done there, not on stdout.
+
+    Raises:
+        UserError: There are no results here, or they cannot be read.
+    """
     root = repository()
     record = {"files": hashes([path for path in told_of() if path != REGISTRY])}
     state = state_of(root, everything)
     held = remembered(root, everything)
     if held and held.state == state and still_there(root, held):
-        click.echo("MLflow has all of it")
+        click.echo("MLflow has all of it", err=to_stderr)
     else:
-        _bring(root, everything, state)
+        for line in _bring(root, everything, state):
+            click.echo(line, err=to_stderr)
     # DVC's out, about what was to be told: the same whether the store could be reached or not
     write_json(SYNCED, record)
 
 
-def _bring(root: Path, everything: bool, state: str) -> None:
+def _bring(root: Path, everything: bool, state: str) -> list[str]:
+    """Return what there is to say about it."""
     from mnist_batchnorm.store import warn
 
     try:
-        held = _sync(root, everything, state)
+        held, lines = _complete(root, everything, state)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
         warn(error, root)
         click.echo("MLflow does not have all of it; `mnist-bn sync` goes on from here", err=True)
-    else:
-        remember(root, everything, held)
+        return []
+    remember(root, everything, held)
+    return lines
 
 
-def _sync(root: Path, everything: bool, state: str) -> Held:
+def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]]:
     from tenacity import retry, stop_after_attempt, wait_fixed
 
     from mnist_batchnorm.params import load_params
@@ -80,23 +96,22 @@ def _sync(root: Path, everything: bool, state: str) -> Held:
 
     # what is done is not done again, so once more is all that a server's hiccup needs
     @retry(stop=stop_after_attempt(2), wait=wait_fixed(0.5), reraise=True)
-    def attempt() -> tuple["Runs", dict[str, str], list[str], dict[str, dict[str, str]]]:
+    def attempt() -> tuple["Runs", list[str], dict[str, str], dict[str, dict[str, str]]]:
         runs = Runs.open(experiment, root)
         older = sync_history(runs) if everything else []
         ids = sync_workspace(runs)
         # an experiment in a folder of its own is a proposal until it is applied
         aliases = sync_registry(runs) if Path.cwd().resolve() == root else {}
-        return runs, ids, older, aliases
+        return runs, older, ids, aliases
 
-    runs, ids, older, aliases = attempt()
-    for name, run_id in ids.items():
-        click.echo(f"{name}: MLflow run {run_id}")
+    runs, older, ids, aliases = attempt()
+    lines = [f"{name}: MLflow run {run_id}" for name, run_id in ids.items()]
     for name, of in aliases.items():
         told = ", ".join(f"{alias} is version {version}" for alias, version in of.items())
-        click.echo(f"{name}: {told or 'nothing registered'}")
-    click.echo(f"compare them: {charts(runs)}")
-    held = [*ids.values(), *older]
-    return Held(state, held, runs.logged_models(ids.values()), aliases)
+        lines.append(f"{name}: {told or 'nothing registered'}")
+    lines.append(f"compare them: {charts(runs)}")
+    models = runs.logged_models(ids.values())
+    return Held(state, [*ids.values(), *older], models, aliases), lines
 
 
 def sync_workspace(runs: "Runs") -> dict[str, str]:
@@ -144,7 +159,7 @@ def sync_commit(runs: "Runs", commit: str) -> list[str]:
         lacks = f"; DVC's cache lacks {', '.join(missing)}: {PULL}" if missing else ""
         click.echo(f"left out {runs.history.describe(commit)}: {error}{lacks}", err=True)
         return []
-    click.echo(f"{runs.history.describe(commit)}: {', '.join(ids.values())}")
+    click.echo(f"{runs.history.describe(commit)}: {', '.join(ids.values())}", err=True)
     return list(ids.values())
 
 
