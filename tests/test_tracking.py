@@ -67,7 +67,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
 
 @pytest.fixture(autouse=True)
 def grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "LOCAL_GRACE", 1.0)
+    monkeypatch.setattr(tracking, "GRACE", 1.0)
     store.use_settings(monkeypatch)
 
 
@@ -225,7 +225,7 @@ def folder(project: Path) -> Path:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "LOCAL_GRACE", 60.0)  # the machine may be busy
+    monkeypatch.setattr(tracking, "GRACE", 60.0)  # the machine may be busy
 
 
 @pytest.mark.usefixtures("patient")
@@ -300,7 +300,7 @@ def test_bad_server_changes_nothing_but_two_lines_and_seconds(
                 on_epoch=lambda epoch: tracker.log_epoch("bn", asdict(epoch)),
             )
             start = time.monotonic()
-        assert time.monotonic() - start < tracking.SERVER_GRACE + 1
+        assert time.monotonic() - start < tracking.GRACE + 1
     if warning:
         assert warning == f"warning: MLflow at {uri}: [Errno 111] Connection refused\n"
     assert capfd.readouterr().err.splitlines()[-1] == INCOMPLETE
