@@ -32,9 +32,9 @@ CHROMIUM = ("chromium", "google-chrome")
 WORKFLOW = "workflowType=machine_learning"
 TRAININGS = "tags.dvc.stage = 'train'"
 
-# The lines of a chart, by colour. A chart is what has a heading with the metric's name and a legend
-# that names it for every run; a line is a path through several points, which no symbol, grid line
-# or sample in the legend is.
+# The lines of a chart, by colour, once there is one for every run. A chart is what has a heading
+# with the metric's name and a legend that names it for every run; a line is a path through several
+# points, which no symbol, grid line or sample in the legend is.
 LINES = r"""
 ([metric, runs]) => {
     const labels = runs.map(run => `${run} (${metric})`);
@@ -53,7 +53,7 @@ LINES = r"""
                 lines[colour] = Math.max(points, lines[colour] || 0);
         }
     }
-    return lines;
+    return Object.keys(lines).length >= runs.length && lines;
 }
 """
 
@@ -95,9 +95,7 @@ class Window:
         arguments = [metric, list(runs)]
         heading = self.page.get_by_role("heading", name=metric, exact=True).first
         heading.scroll_into_view_if_needed()
-        drawn = f"arguments => Object.keys(({LINES})(arguments)).length >= arguments[1].length"
-        self.page.wait_for_function(drawn, arg=arguments)
-        lines: dict[str, int] = self.page.evaluate(LINES, arguments)
+        lines: dict[str, int] = self.page.wait_for_function(LINES, arg=arguments).json_value()
         return lines
 
 
