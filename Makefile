@@ -15,11 +15,11 @@ CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
 OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx \
 	reports/confusion reports/parity reports/predictions .checkpoints
 
-.PHONY: help setup repro test ui lock clean
+.PHONY: help setup repro test ui screenshots lock clean
 
 help: ## List the goals.
 	@echo 'Usage: make GOAL [PYTHON=python3.12] [TORCH_BACKEND=cpu]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make or update .venv from requirements.lock.
 	@$(PYTHON) scripts/setup_env.py
@@ -47,6 +47,9 @@ ui: setup ## Show the runs in MLflow's UI on this machine (PORT=5000).
 		$(IN_VENV) $(ONLY_UI) mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
 			--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; \
 	esac
+
+screenshots: setup ## Take the pictures of MLflow's UI in docs/images again (needs Chromium).
+	@$(IN_VENV) python -m scripts.screenshots
 
 lock: ## Resolve requirements.lock again after a change in pyproject.toml (UPGRADE=1: newest versions).
 	@$(PYTHON) scripts/setup_env.py --lock $(if $(UPGRADE),--upgrade)

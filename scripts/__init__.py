@@ -1,0 +1,1 @@
+"""Programs about this repository, not about the networks."""
