@@ -69,6 +69,17 @@ def finish(project: Path, prepared: Path, params: Params) -> None:
     write_parity(project, PASSED)
 
 
+PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn-folded", "seeds")
+
+
+def write_pages(project: Path) -> None:
+    """Write what stage report does, in a few words."""
+    for name in PICTURES:
+        write_text(project / f"reports/plots/{name}.svg", f"<svg><!-- {name} --></svg>")
+    write_text(project / "reports/index.html", "<!doctype html>")
+    write_text(project / "reports/model_card.md", "# Model card\n")
+
+
 def write_seeds(project: Path, count: int = 2, epochs: int = 3, gain: float = 0.015) -> None:
     """Write what stage seeds does: each seed ends 0.001 above the one before."""
     seeds = range(count)

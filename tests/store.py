@@ -109,7 +109,7 @@ def client(folder: Path) -> "MlflowClient":
     """Connect to the store of a folder: its database, or the server that is set."""
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri(folder))
+    return MlflowClient(tracking_uri(folder), tracking_uri(folder))
 
 
 def all_runs(folder: Path) -> "list[Run]":
@@ -124,6 +124,8 @@ def artefacts(folder: Path, run: "Run") -> dict[str, bytes]:
     """Every file that was logged to a run, by its path."""
     import mlflow.artifacts
 
+    if not client(folder).list_artifacts(run.info.run_id):
+        return {}
     uri = tracking_uri(folder)
     top = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, tracking_uri=uri))
     return {p.relative_to(top).as_posix(): p.read_bytes() for p in top.rglob("*") if p.is_file()}

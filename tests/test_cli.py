@@ -14,7 +14,7 @@ from mnist_batchnorm.download import FILES
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.params import Params
 from tests.conftest import MnistBn
-from tests.finished import finish
+from tests.finished import finish, write_pages
 from tests.store import make_trainable, use_settings
 
 HEAVY = {"torch", "mlflow", "onnx", "onnxruntime", "matplotlib", "dvc", "pandas"}
@@ -81,9 +81,7 @@ def test_stages_about_results_do_without_torch(
     use_settings(monkeypatch)
     finish(project, prepared, params)
     make_trainable(project)
-    (project / "reports/plots").mkdir()
-    for name in ("plots/curves.svg", "plots/seeds.svg", "index.html", "model_card.md"):
-        (project / "reports" / name).write_text(name)
+    write_pages(project)
     modules = imported(command)
     assert needed <= modules
     assert not modules & {"torch", "onnxscript", "torchvision"}
@@ -197,7 +195,7 @@ def test_wrong_usage_exits_2(line: list[str], message: str, mnist_bn: MnistBn) -
     assert done.out == ""
 
 
-WORDS = {"promote": ["promote", "1"]}  # what takes an argument
+WORDS = {"promote": ["promote", "1"], "which": ["which", "any.onnx"]}  # what takes an argument
 WHAT_TO_DO = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")
 
 
@@ -214,7 +212,7 @@ def test_outside_the_project_each_command_exits_2_and_says_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "download"])
+@pytest.mark.parametrize("command", [n for n in COMMANDS if n not in ("download", "which")])
 def test_before_the_stages_it_needs_each_command_exits_2_and_says_what_to_do(
     command: str, project: Path, mnist_bn: MnistBn
 ) -> None:

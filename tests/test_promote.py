@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_batchnorm import byhand, regress
+from mnist_batchnorm import byhand, regress, sync
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.layout import CHECKPOINT, MODELS, REGISTRY, TEST_SPLIT
 from mnist_batchnorm.parity import Check
@@ -27,6 +27,14 @@ from tests.conftest import MnistBn
 from tests.finished import PASSED, write_parity
 
 NOW = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+
+
+@pytest.fixture(autouse=True)
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The champion each time that MLflow is told; test_registry.py has the real thing."""
+    told: list[int | None] = []
+    monkeypatch.setattr(sync, "show_registry", lambda: told.append(champion()))
+    return told
 
 
 @pytest.fixture
@@ -89,10 +97,11 @@ def test_rules_of_today_decide_not_those_of_then(folder: Path, mnist_bn: MnistBn
 
 
 @pytest.mark.usefixtures("folder")
-def test_champion_of_today_is_the_one_to_beat(mnist_bn: MnistBn) -> None:
+def test_champion_of_today_is_the_one_to_beat(mnist_bn: MnistBn, shown: list[int | None]) -> None:
     mnist_bn("promote", "2", "--override", "to try it")
     assert mnist_bn("promote", "1").status == 0
     assert champion() == 1
+    assert shown == [2, 1]
     rule = ledger().versions[0].decision.rules["champion"]
     assert rule.numbers["version"] == 2
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm import artefacts
+from mnist_batchnorm.address import tracking_uri
 from mnist_batchnorm.layout import VARIANTS
 from mnist_batchnorm.origin import Origin
 from mnist_batchnorm.params import Params
@@ -22,12 +23,10 @@ from mnist_batchnorm.results import read_confusion
 from mnist_batchnorm.store import PARENT_TAG, Runs, curve_points
 from tests import store
 from tests.conftest import MnistBn
-from tests.finished import finish, write_parity
+from tests.finished import finish, write_pages, write_parity
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
-
-PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn-folded", "seeds")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,7 @@ def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFac
     """A folder in which every stage before sync has run."""
     folder = tmp_path_factory.mktemp("finished")
     finish(folder, prepared, params)
-    (folder / "reports/plots").mkdir()
-    for name in PICTURES:
-        (folder / f"reports/plots/{name}.svg").write_text(f"<svg><!-- {name} --></svg>")
-    (folder / "reports/index.html").write_text("<!doctype html>")
-    (folder / "reports/model_card.md").write_text("# Model card\n")
+    write_pages(folder)
     store.make_trainable(folder)
     (folder / "mlflow.db").write_bytes(store.empty_database())
     return folder
@@ -328,9 +323,11 @@ def test_experiment_gives_its_name_to_the_runs(
 def test_it_says_where_to_compare(folder: Path, mnist_bn: MnistBn) -> None:
     last = mnist_bn("sync").out.splitlines()[-1]
     experiment = store.all_runs(folder)[0].info.experiment_id
+    uri = tracking_uri(folder)
+    if uri.startswith("sqlite:"):
+        uri = "make ui (port 5000 unless PORT= says otherwise), http://127.0.0.1:5000"
     assert last == (
-        "compare them: make ui (port 5000 unless PORT= says otherwise), "
-        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs"
+        f"compare them: {uri}/#/experiments/{experiment}/runs"
         "?workflowType=machine_learning&compareRunsMode=CHART"
         "&searchFilter=tags.dvc.stage%20%3D%20%27train%27"
     )
@@ -371,6 +368,7 @@ def test_bad_server_is_a_warning(
     start = time.monotonic()
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         done = mnist_bn("sync")
     assert time.monotonic() - start < 6
     assert (done.status, done.out) == (0, "")

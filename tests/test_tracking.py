@@ -88,7 +88,7 @@ def test_child_gets_every_row_and_the_status(
     for message in (begun, *rows):
         assert abs(message["time"] / 1000 - time.time()) < 60
     assert ended == {"variant": "bn", "status": "FINISHED"}
-    assert Path("arguments").read_text().endswith("-m mnist_batchnorm.runs")
+    assert Path("arguments").read_text().endswith("-m mnist_batchnorm.follow")
     assert capfd.readouterr().err == ""
 
 

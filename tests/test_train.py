@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_process_tells_of_its_run_and_writes_its_files(variant: str, work: Work)
         curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
     assert curve == rows
     metrics = json.loads(written[f"reports/metrics/train-{variant}.json"])
-    assert metrics == {"device": "cpu", **rows[-1]}
+    assert metrics == {"device": "cpu", "torch": version("torch"), **rows[-1]}
 
 
 def test_weights_say_what_made_them(work: Work) -> None:
@@ -400,6 +401,7 @@ def stand_in(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     (project / ".checkpoints").mkdir()
     prelude = f"""
 import json, os, signal, sys, time
+from importlib.metadata import version
 from pathlib import Path
 variant = sys.argv[-1]
 checkpoint = Path({str(project)!r}) / ".checkpoints" / (variant + "-0123.safetensors")
@@ -412,9 +414,10 @@ def epoch(number):
     tell(taken=3)
     row = {{"epoch": number, "train_loss": 1 / number, "train_accuracy": 0.5}}
     tell(row=row | {{"valid_loss": 0.25, "valid_accuracy": 0.75}}, kept=number)
-Path(variant + ".pid").write_text(str(os.getpid()))
+Path(variant + ".new").write_text(str(os.getpid()))
+os.replace(variant + ".new", variant + ".pid")
 """
-    (project / "mnist_batchnorm.runs.py").write_text(
+    (project / "mnist_batchnorm.follow.py").write_text(
         "import sys\nwith open('received', 'w') as kept:\n    kept.writelines(sys.stdin)\n"
     )
     python = project / "python"

@@ -14,7 +14,11 @@ from mnist_batchnorm.layout import REPORTS
 from mnist_batchnorm.store import Runs, now
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
+
+    Example = Callable[[], npt.NDArray[np.float32]]
 
 REPORTS_TAG = "mnist_bn.reports"
 SHA256_TAG = "sha256"
@@ -49,16 +53,14 @@ def listed(runs: Runs, run_id: str) -> set[str]:
     return found
 
 
-def log_onnx(
-    runs: Runs, path: Path, name: str, example: "npt.NDArray[np.float32]", run_id: str | None
-) -> str:
+def log_onnx(runs: Runs, path: Path, name: str, example: "Example", run_id: str | None) -> str:
     """Log an ONNX file, byte for byte, as an MLflow model, unless MLflow has it.
 
     Args:
         runs: where.
         path: the file.
         name: of the model.
-        example: float32 ``[n, 784]``, shown as the model's input example.
+        example: gives float32 ``[n, 784]``, shown as the model's input example.
         run_id: the run that it belongs to, if that is known.
 
     Returns:
@@ -97,7 +99,7 @@ def log_onnx(
                 inputs=Schema([TensorSpec(float32, (-1, SIDE * SIDE), image.name)]),
                 outputs=Schema([TensorSpec(float32, (-1, CLASSES), logits.name)]),
             ),
-            input_example={image.name: example},
+            input_example={image.name: example()},
             onnx_execution_providers=["CPUExecutionProvider"],
             # named, for MLflow would load the model and guess
             pip_requirements=[

@@ -168,17 +168,19 @@ class History:
 
     def cached(self, md5: str) -> Path | None:
         """Return the place of a file in DVC's cache; None if it is not there."""
-        path = self._cache / md5[:2] / md5[2:]
-        return path if path.is_file() else None
+        path = self._cache and self._cache / md5[:2] / md5[2:]
+        return path if path and path.is_file() else None
 
     @functools.cached_property
-    def _cache(self) -> Path:
-        from dvc.exceptions import DvcException
+    def _cache(self) -> Path | None:
+        from dvc.exceptions import DvcException, NotDvcRepoError
         from dvc.repo import Repo
 
         try:
             with Repo(str(self.root)) as repo:
                 return Path(repo.cache.local.path)
+        except NotDvcRepoError:
+            return None
         except DvcException as error:
             raise UserError(f"DVC cannot be used in {self.root}: {error}") from None
 

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 from mnist_batchnorm.artefacts import SHA256_TAG, log_onnx
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import MODELS, REGISTERED
-from mnist_batchnorm.ledger import Hashes, Ledger, Version
+from mnist_batchnorm.ledger import (
+    Hashes,
+    Ledger,
+    PromotedByOverride,
+    PromotedByRules,
+    RolledBack,
+    Version,
+)
 from mnist_batchnorm.store import Runs
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from mlflow.entities.model_registry import ModelVersion
+
+    from mnist_batchnorm.artefacts import Example
 
 VERSION_TAG = "mnist_bn.version"  # in the ledger; on a store of one's own MLflow counts the same
 VERSIONS_PER_REQUEST = 1000
@@ -37,15 +44,13 @@ def candidate(ledger: Ledger) -> Version | None:
     return present or (ledger.versions[-1] if ledger.versions else None)
 
 
-def complete_registry(
-    runs: Runs, ledger: Ledger, example: "npt.NDArray[np.float32]"
-) -> dict[str, dict[str, str]]:
+def complete_registry(runs: Runs, ledger: Ledger, example: "Example") -> dict[str, dict[str, str]]:
     """Make MLflow show every version of the ledger that has a file, and the aliases.
 
     Args:
         runs: where.
         ledger: the truth.
-        example: float32 ``[n, 784]``, shown as the models' input example.
+        example: gives float32 ``[n, 784]``, shown as the models' input example.
 
     Returns:
         The version of each alias of each model, as MLflow counts them.
@@ -63,9 +68,7 @@ def complete_registry(
     return aliases
 
 
-def _complete_versions(
-    runs: Runs, name: str, ledger: Ledger, example: "npt.NDArray[np.float32]"
-) -> dict[int, str]:
+def _complete_versions(runs: Runs, name: str, ledger: Ledger, example: "Example") -> dict[int, str]:
     """Return MLflow's number of each version of the ledger that it shows."""
     from mlflow.exceptions import MlflowException
 
@@ -95,7 +98,7 @@ def _complete_versions(
                 runs.client.delete_model_version(name, made.version)
         if shown:
             numbers[version.version] = str(shown.version)
-            _complete_decision(runs, shown, version)
+            _complete_decision(runs, shown, version, ledger)
     return numbers
 
 
@@ -106,8 +109,8 @@ def _find_version(runs: Runs, name: str, version: Version) -> "ModelVersion | No
     return min(same, key=lambda one: int(one.version), default=None)
 
 
-def _complete_decision(runs: Runs, shown: "ModelVersion", version: Version) -> None:
-    tags, description = decision_tags(version), decision_text(version)
+def _complete_decision(runs: Runs, shown: "ModelVersion", version: Version, ledger: Ledger) -> None:
+    tags, description = decision_tags(version), decision_text(version, ledger)
     for key, value in tags.items():
         if shown.tags.get(key) != value:
             runs.client.set_model_version_tag(shown.name, shown.version, key, value)
@@ -127,13 +130,27 @@ def decision_tags(version: Version) -> dict[str, str]:
     }
 
 
-def decision_text(version: Version) -> str:
-    """Return the decision about a version for people."""
+def decision_text(version: Version, ledger: Ledger) -> str:
+    """Return for people what the rules decided about a version, and what became of it."""
     lines = [
         f"- {name}: {'' if rule.passed else '**refused** '}{rule.says}"
         for name, rule in version.decision.rules.items()
     ]
-    return "\n".join([f"{version.decision.outcome} by the rules of stage register:", "", *lines])
+    events = [f"- {told(event)}" for event in ledger.events if event.version == version.version]
+    head = f"{version.decision.outcome} by the rules of stage register:"
+    return "\n".join([head, "", *lines, *(["", *events] if events else [])])
+
+
+def told(event: PromotedByRules | PromotedByOverride | RolledBack) -> str:
+    """Say for people what happened to a version."""
+    match event:
+        case PromotedByRules():
+            return "promoted by the rules"
+        case PromotedByOverride():
+            return f"promoted by {event.who} at {event.when}: {event.why}"
+        case RolledBack():
+            why = f": {event.why}" if event.why else ""
+            return f"rolled back to version {event.to} by {event.who} at {event.when}{why}"
 
 
 def _complete_aliases(runs: Runs, name: str, wanted: dict[str, str]) -> None:

@@ -108,7 +108,9 @@ class Runs:
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # the exception tells of its retries
+        # the exception tells all that they would log
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         import mlflow.store.db.utils
         from filelock import FileLock
         from mlflow.tracking import MlflowClient
@@ -120,7 +122,8 @@ class Runs:
         with lock:
             if uri.startswith("sqlite:///"):
                 _create_database(Path(uri.removeprefix("sqlite:///")), artifacts)
-            client = MlflowClient(uri)
+            # MLflow's default for the second is whatever this process used last
+            client = MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
             found = client.get_experiment_by_name(experiment)
             experiment_id = (
                 found.experiment_id
@@ -358,8 +361,11 @@ def opened(experiment: str, root: Path) -> Iterator[Runs]:
     """Connect to a store to read from it.
 
     Raises:
-        UserError: It cannot be reached or is not usable.
+        UserError: There is none yet, it cannot be reached, or it is not usable.
     """
+    uri = tracking_uri(root)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UserError(f"no run has been tracked yet: no {uri}; run `dvc repro sync` first")
     try:
         yield Runs.open(experiment, root)
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base

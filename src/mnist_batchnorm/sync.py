@@ -44,28 +44,15 @@ def command(everything: bool) -> None:
     Completes runs, their artefacts, and the model registry. A store that cannot be reached is worth
     a warning, not a failed pipeline: nothing is lost, the same command goes on later.
     """
-    sync(everything)
-
-
-def sync(everything: bool = False, *, to_stderr: bool = False) -> None:
-    """Bring MLflow to the state of the files; a store that does not work is worth a warning.
-
-    Args:
-        everything: also what commits and experiments hold.
-        to_stderr: say what was done there, not on stdout.
-
-    Raises:
-        UserError: There are no results here, or they cannot be read.
-    """
     root = repository()
     record = {"files": hashes([path for path in told_of() if path != REGISTRY])}
     state = state_of(root, everything)
     held = remembered(root, everything)
     if held and held.state == state and still_there(root, held):
-        click.echo("MLflow has all of it", err=to_stderr)
+        click.echo("MLflow has all of it")
     else:
         for line in _bring(root, everything, state):
-            click.echo(line, err=to_stderr)
+            click.echo(line)
     # DVC's out, about what was to be told: the same whether the store could be reached or not
     write_json(SYNCED, record)
 
@@ -93,13 +80,14 @@ def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]
     from mnist_batchnorm.store import Runs
 
     experiment = load_params().sync.experiment
+    outcomes, seeds = read_workspace()
 
     # what is done is not done again, so once more is all that a server's hiccup needs
     @retry(stop=stop_after_attempt(2), wait=wait_fixed(0.5), reraise=True)
     def attempt() -> tuple["Runs", list[str], dict[str, str], dict[str, dict[str, str]]]:
         runs = Runs.open(experiment, root)
         older = sync_history(runs) if everything else []
-        ids = sync_workspace(runs)
+        ids = sync_runs(runs, outcomes, seeds)
         # an experiment in a folder of its own is a proposal until it is applied
         aliases = sync_registry(runs) if Path.cwd().resolve() == root else {}
         return runs, older, ids, aliases
@@ -114,24 +102,33 @@ def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]
     return Held(state, [*ids.values(), *older], models, aliases), lines
 
 
-def sync_workspace(runs: "Runs") -> dict[str, str]:
-    """Bring the runs of the results in the current folder to MLflow.
+def show_registry() -> None:
+    """Make MLflow show the champion now; a store that does not work is worth a warning."""
+    from mnist_batchnorm.params import load_params
+    from mnist_batchnorm.store import Runs, warn
 
-    Returns:
-        The id of each run: ``bn``, ``plain`` and ``seeds``.
+    root = repository()
+    try:
+        sync_registry(Runs.open(load_params().sync.experiment, root))
+    except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
+        warn(error, root)
+        click.echo("MLflow does not show this yet; `mnist-bn sync` does it later", err=True)
+
+
+def read_workspace() -> "tuple[Sequence[Outcome], SeedsOutcome | None]":
+    """Read the results in the current folder; where a later stage has not run, the trainings alone.
 
     Raises:
-        UserError: There are no results.
+        UserError: There are no trainings.
     """
     from mnist_batchnorm.outcomes import read_outcomes, read_trainings
 
     try:
-        outcomes, seeds = read_outcomes()
+        return read_outcomes()
     except UserError as error:
-        ids = sync_runs(runs, read_trainings(), None)
+        trainings = read_trainings()
         click.echo(f"the trainings alone: {error}", err=True)
-        return ids
-    return sync_runs(runs, outcomes, seeds)
+        return trainings, None
 
 
 def sync_history(runs: "Runs") -> list[str]:
@@ -198,7 +195,7 @@ def sync_run(runs: "Runs", outcome: "Outcome") -> str:
         if outcome.reports:
             log_reports(runs, run_id, outcome.reports, data.tags.get(REPORTS_TAG))
         for path in outcome.models:
-            log_onnx(runs, path, path.stem, input_example(), run_id)
+            log_onnx(runs, path, path.stem, input_example, run_id)
     return run_id
 
 
@@ -240,7 +237,7 @@ def sync_registry(runs: "Runs") -> dict[str, dict[str, str]]:
             if commit := runs.history.first_commit(file.md5):
                 sync_commit(runs, commit)
     with runs.lock:
-        return complete_registry(runs, ledger, input_example())
+        return complete_registry(runs, ledger, input_example)
 
 
 def input_example() -> "npt.NDArray[np.float32]":

@@ -162,6 +162,8 @@ def _on_server(uri: str, held: Held) -> bool:
         for model_id in held.models:
             get(f"logged-models/{model_id}")
         for name, wanted in held.aliases.items():
+            if not wanted:  # nor is there a model of that name
+                continue
             model = get("registered-models/get", name=name)["registered_model"]
             if {a["alias"]: a["version"] for a in model.get("aliases", ())} != wanted:
                 return False

@@ -11,6 +11,7 @@ from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.history import History, stages_of
 from mnist_batchnorm.layout import (
+    DVC_FILE,
     LOCK_FILE,
     PARAMS_FILE,
     REGISTERED,
@@ -122,6 +123,10 @@ def command(file: Path, as_json: bool) -> None:
     Looks for its hash in every commit and DVC experiment, the registry, and MLflow. Exit status:
     0 known, 1 nothing here made these bytes, 2 the file cannot be read.
     """
+    if not DVC_FILE.is_file():
+        raise UserError(
+            f"no {DVC_FILE} in {Path.cwd()}; run this in the folder that holds dvc.yaml"
+        )
     try:
         sha256, md5 = digest(file), digest(file, "md5")
     except OSError as error:

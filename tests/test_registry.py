@@ -1,0 +1,207 @@
+"""MLflow's model registry shows what models/registry.json says, and the champion serves."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnist_batchnorm import regress
+from mnist_batchnorm.address import tracking_uri
+from mnist_batchnorm.dataset import load_split, network_input
+from mnist_batchnorm.files import digest
+from mnist_batchnorm.layout import CHECKPOINT, MODELS, REGISTERED
+from mnist_batchnorm.params import Params
+from tests import services, store
+from tests.candidates import ALIKE, FLOOR, GOOD, WORSE, demand, shifted
+from tests.conftest import MnistBn
+from tests.finished import PASSED, finish, write_pages, write_parity
+from tests.graphs import REGRESSION, Network
+
+
+@pytest.fixture(scope="module")
+def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage but register has run, under DVC."""
+    folder = tmp_path_factory.mktemp("finished")
+    finish(folder, prepared, params)
+    write_pages(folder)
+    store.make_trainable(folder)
+    (folder / regress.FIXTURES).mkdir(parents=True)
+    shutil.copy(REGRESSION / "images.safetensors", folder / regress.IMAGES)
+    subprocess.run(["dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
+    (folder / "mlflow.db").write_bytes(store.empty_database())
+    return folder
+
+
+@pytest.fixture
+def folder(project: Path, results: Path, backend: str, mnist_bn: MnistBn) -> Path:
+    """The same with three versions: 1 was champion, 2 was refused as worse, 3 is champion."""
+    assert backend
+    shutil.copytree(results, project, dirs_exist_ok=True)
+    demand(project, min_accuracy=FLOOR)
+    for name, network in {"1": GOOD, "2": shifted(WORSE), "3": shifted(ALIKE)}.items():
+        lay(name, network)
+        assert mnist_bn("register").status == 0
+    done = mnist_bn("sync")
+    assert (done.status, done.err) == (0, "")
+    return project
+
+
+def lay(name: str, network: Network) -> None:
+    """Make a network the present one: files, in DVC's cache too, the gate's verdict, goldens."""
+    network.write()
+    store.write_checkpoint(CHECKPOINT, name)
+    write_parity(Path(), PASSED)
+    paths = [MODELS / file for file in REGISTERED.values()]
+    for path in paths:
+        md5 = digest(path, "md5")
+        cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, cached)
+    graphs = [regress.load_graph(path) for path in paths]
+    regress.save_goldens(regress.GOLDENS, regress.pin(graphs, *regress.load_fixture()))
+
+
+def aliases(folder: Path) -> dict[str, dict[str, int]]:
+    """Version of each alias, by model."""
+    client = store.client(folder)
+    return {
+        name: {a: int(v) for a, v in client.get_registered_model(name).aliases.items()}
+        for name in REGISTERED
+    }
+
+
+def shown(folder: Path) -> dict[str, Any]:
+    """All that MLflow shows but ids and times: runs with every point, models, versions, aliases."""
+    client = store.client(folder)
+    runs = store.all_runs(folder)
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    ids = [e.experiment_id for e in client.search_experiments()]
+    models = client.search_logged_models(ids)
+    kind = {model.model_id: model.name for model in models}
+    private = ("mlflow.parentRunId",)
+    return {
+        "runs": {
+            run.info.run_name: {
+                "status": run.info.status,
+                "params": run.data.params,
+                "tags": {k: v for k, v in run.data.tags.items() if k not in private},
+                "parent": names.get(run.data.tags.get("mlflow.parentRunId", "")),
+                "points": {m: store.history(folder, run, m) for m in run.data.metrics},
+                "data": sorted(d.dataset.digest for d in run.inputs.dataset_inputs),
+                "artefacts": store.artefacts(folder, run),
+            }
+            for run in runs
+        },
+        "models": sorted(
+            (model.name, model.tags["sha256"], names.get(model.source_run_id), model.params)
+            for model in models
+        ),
+        "versions": {
+            (name, version.version): (
+                version.tags,
+                version.description,
+                names.get(version.run_id),
+                kind.get(version.source.removeprefix("models:/")),
+            )
+            for name in REGISTERED
+            for version in client.search_model_versions(f"name = '{name}'")
+        },
+        "aliases": aliases(folder),
+    }
+
+
+def test_versions_and_aliases_are_the_ledgers(folder: Path) -> None:
+    expected = {"champion": 3, "candidate": 3}
+    assert aliases(folder) == {"mnist-bn": expected, "mnist-bn-folded": expected}
+    client = store.client(folder)
+    for name, file in REGISTERED.items():
+        found = {int(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
+        assert found.keys() == {1, 2, 3}
+        assert found[3].tags["sha256"] == digest(MODELS / file)
+        assert [found[n].tags["decision"] for n in (1, 2, 3)] == ["promoted", "refused", "promoted"]
+        assert found[2].tags["rule.champion"].startswith("refused: worse than version 1")
+        assert "p = " in found[3].tags["rule.champion"]
+        assert "**refused** worse than version 1" in found[2].description
+    run = client.get_run(found[3].run_id)
+    assert run.data.tags["mnist_bn.weights_sha256"] == digest(CHECKPOINT)
+
+
+def test_champion_loads_and_gives_the_goldens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import onnxruntime
+
+    monkeypatch.chdir(folder.parent)  # wherever it is loaded
+    images = load_split(folder / regress.IMAGES)
+    sha256 = digest(folder / regress.IMAGES)
+    goldens = regress.load_goldens(folder / regress.GOLDENS, images, sha256).logits
+    inputs = network_input(images.images)
+    mlflow.set_tracking_uri(tracking_uri(folder))
+    for name, file in REGISTERED.items():
+        uri = f"models:/{name}@champion"
+        predicted = mlflow.pyfunc.load_model(uri).predict({"image": inputs})["logits"]
+        assert regress.relative_change(goldens, predicted).max() <= regress.TOLERANCE
+        proto = mlflow.onnx.load_model(uri)
+        session = onnxruntime.InferenceSession(proto.SerializeToString())
+        assert np.array_equal(session.run(["logits"], {"image": inputs})[0], predicted)
+        (logged,) = Path(mlflow.artifacts.download_artifacts(uri)).glob("*.onnx")
+        assert logged.read_bytes() == (folder / MODELS / file).read_bytes()
+
+
+def test_rollback_and_override_move_the_alias(folder: Path, mnist_bn: MnistBn) -> None:
+    assert mnist_bn("rollback", "--reason", "sevens look like ones").status == 0
+    assert {name: of["champion"] for name, of in aliases(folder).items()} == {
+        "mnist-bn": 1,
+        "mnist-bn-folded": 1,
+    }
+    assert mnist_bn("promote", "2", "--override", "to compare them live").status == 0
+    assert {of["champion"] for of in aliases(folder).values()} == {2}
+    version = store.client(folder).get_model_version("mnist-bn", "2")
+    assert "to compare them live" in version.description
+    assert version.tags["decision"] == "refused"  # by the rules
+    rolled_back = store.client(folder).get_model_version("mnist-bn", "3").description
+    assert "rolled back to version 1 by" in rolled_back
+    assert "sevens look like ones" in rolled_back
+
+
+def test_alias_that_somebody_moved_by_hand_is_put_back(folder: Path, mnist_bn: MnistBn) -> None:
+    store.client(folder).set_registered_model_alias("mnist-bn", "champion", "2")
+    assert "champion is version 3" in mnist_bn("sync").out
+    assert aliases(folder)["mnist-bn"]["champion"] == 3
+    assert mnist_bn("sync").out == "MLflow has all of it\n"
+
+
+def test_lost_store_is_made_again(
+    folder: Path,
+    tmp_path: Path,
+    mnist_bn: MnistBn,
+    backend: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = shown(folder)
+    # elsewhere, because this process keeps the database open that it has used
+    lost = shutil.ignore_patterns("mlflow.db*", "mlartifacts", "tmp")
+    again = shutil.copytree(folder, tmp_path / "again", ignore=lost)
+    monkeypatch.chdir(again)
+    if backend == "server":
+        shared: services.Shared = request.getfixturevalue("shared_server")
+        shared.empty()
+    done = mnist_bn("sync")
+    assert (done.status, done.err) == (0, "")
+    assert shown(again) == before
+
+
+def test_version_whose_file_is_lost_is_named(folder: Path, mnist_bn: MnistBn) -> None:
+    shutil.rmtree(".dvc/cache/files")
+    client = store.client(folder)
+    for version in ("1", "3"):
+        client.delete_model_version("mnist-bn", version)
+    done = mnist_bn("sync")
+    assert done.status == 0
+    assert "version 1 of mnist-bn, mnist-bn-folded is not shown: its file is neither" in done.err
+    assert aliases(folder)["mnist-bn"]["champion"] == 4  # MLflow's next number
