@@ -9,7 +9,7 @@ PORT ?= 5000
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 # MLflow's runner of LLM-scoring jobs is 8 more processes and 2 GB, for jobs we do not have.
-ONLY_UI := MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+ONLY_UI := MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=$${MLFLOW_DISABLE_TELEMETRY:-true}
 
 CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
 OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx \
