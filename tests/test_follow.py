@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,36 @@ def test_training_that_was_killed_leaves_a_killed_run(
     assert run.info.status == "KILLED"
     epochs = len(store.history(folder, run, "curves/train_loss"))
     assert epochs == (1 if MESSAGES in content else 0)
+
+
+def test_machine_is_measured_when_the_user_asks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")  # seconds
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    reader, writer = os.pipe()
+    os.write(writer, MESSAGES)
+    result: list[bool] = []
+    thread = threading.Thread(target=lambda: result.append(follow(reader)))
+    thread.start()
+
+    def measured() -> bool:
+        return any(
+            name.startswith("system/") for r in store.all_runs(folder) for name in r.data.metrics
+        )
+
+    deadline = time.monotonic() + 60
+    while not measured() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.write(writer, ended())
+    os.close(writer)
+    thread.join(60)
+    assert result == [True]
+    assert measured()
+    (run,) = store.all_runs(folder)
+    assert run.info.status == "FINISHED"
+    assert "SystemMetricsMonitor" not in {t.name for t in threading.enumerate()}
 
 
 def test_nothing_to_follow_makes_no_store(

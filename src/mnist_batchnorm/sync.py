@@ -57,6 +57,11 @@ def command(everything: bool) -> None:
     write_json(SYNCED, record)
 
 
+def in_repository(root: Path) -> bool:
+    """Tell whether this is the workspace, not DVC's copy of it for an experiment."""
+    return Path.cwd().resolve() == root
+
+
 def _bring(root: Path, everything: bool, state: str) -> list[str]:
     """Return what there is to say about it."""
     from mnist_batchnorm.store import warn
@@ -69,7 +74,8 @@ def _bring(root: Path, everything: bool, state: str) -> list[str]:
         warn(error, root)
         click.echo("MLflow does not have all of it; `mnist-bn sync` goes on from here", err=True)
         return []
-    remember(root, everything, held)
+    if in_repository(root):  # what a copy holds says nothing about the workspace
+        remember(root, everything, held)
     return lines
 
 
@@ -89,7 +95,7 @@ def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]
         older = sync_history(runs) if everything else []
         ids = sync_runs(runs, outcomes, seeds)
         # an experiment in a folder of its own is a proposal until it is applied
-        aliases = sync_registry(runs) if Path.cwd().resolve() == root else {}
+        aliases = sync_registry(runs) if in_repository(root) else {}
         return runs, older, ids, aliases
 
     runs, older, ids, aliases = attempt()
