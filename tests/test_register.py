@@ -273,6 +273,24 @@ def test_signature_is_asked_for_where_one_is_demanded(
     assert (promotion()["outcome"], champion()) == ("promoted", 2)
 
 
+def test_signed_files_are_promoted_and_others_are_not(second: Path, mnist_bn: MnistBn) -> None:
+    (MODELS / "plain.safetensors").write_bytes(b"the other network")
+    assert mnist_bn("sign", "--new-key", "release.pem").status == 0
+    demand(second, signed_by="release.pub.pem")
+    mnist_bn("register")
+    assert (promotion()["outcome"], champion()) == ("promoted", 2)
+    lay(shifted(0.01))  # other bytes under the old signature
+    mnist_bn("register")
+    assert refusals() == {"signature"}
+    assert champion() == 2
+    assert mnist_bn("sign", "--new-key", "somebody.pem").status == 0
+    mnist_bn("register")
+    assert refusals() == {"signature"}  # by another's key
+    assert mnist_bn("sign", "--key", "release.pem").status == 0
+    mnist_bn("register")
+    assert (promotion()["outcome"], champion()) == ("promoted", 3)
+
+
 @pytest.mark.usefixtures("folder")
 def test_rules_are_all_judged_and_all_said(mnist_bn: MnistBn, folder: Path) -> None:
     mnist_bn("register")
