@@ -48,7 +48,8 @@ stages:
 @functools.cache
 def empty_database() -> bytes:
     """MLflow's database without runs: it takes seconds to create, so once is enough."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow itself sets it for whoever comes after
         # an experiment remembers where its artefacts are: this one is none that a test uses
         Runs.open("elsewhere", Path(folder))
         return (Path(folder) / "mlflow.db").read_bytes()

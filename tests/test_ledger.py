@@ -30,7 +30,8 @@ from mnist_batchnorm.ledger import (
 from tests.conftest import MnistBn
 
 WHEN = "2026-01-02T03:04:05Z"
-REFUSED = Decision(outcome="refused", rules={})
+PROVEN = {"parity": Rule(passed=True, says="computes what it should", numbers={})}
+REFUSED = Decision(outcome="refused", rules=PROVEN)
 
 
 def measured(seed: int, errors: tuple[int, ...] = (3, 14, 159)) -> Measured:
@@ -74,7 +75,7 @@ rules = st.builds(
 decisions = st.builds(
     Decision,
     outcome=st.sampled_from(["promoted", "refused", "kept"]),
-    rules=st.dictionaries(words, rules, max_size=3),
+    rules=st.dictionaries(words, rules, max_size=3).map(lambda some: some | PROVEN),
 )
 errors = st.sets(st.integers(0, 9999), max_size=20).map(lambda some: tuple(sorted(some)))
 
@@ -163,7 +164,7 @@ def test_second_rollback_goes_further_back() -> None:
 
 def test_same_files_keep_their_number_and_take_the_new_measurement() -> None:
     ledger = of(3, 2)
-    again = ledger.with_version(measured(1, (7,)), Decision(outcome="kept", rules={}))
+    again = ledger.with_version(measured(1, (7,)), Decision(outcome="kept", rules=PROVEN))
     assert [version.version for version in again.versions] == [1, 2, 3]
     assert again.champion == again.versions[1]
     assert again.versions[1].errors["mnist-bn"] == (7,)
@@ -196,6 +197,10 @@ def edit(change: Callable[[Any], object]) -> Callable[[str], str]:
         return json.dumps(content)
 
     return damage
+
+
+def rules_of(content: Any, version: int) -> Any:
+    return content["versions"][version]["decision"]["rules"]
 
 
 OTHER_SIDE = "<<<<<<< HEAD\n  1,\n=======\n  2,\n>>>>>>> theirs\n"
@@ -236,6 +241,14 @@ OTHER_SIDE = "<<<<<<< HEAD\n  1,\n=======\n  2,\n>>>>>>> theirs\n"
         (edit(lambda c: c["events"][2].update(when="yesterday")), "events.2.rolled back.when: "),
         (edit(lambda c: c["events"].pop(1)), "version 2 was rolled back to 1, but these were not"),
         (edit(lambda c: c["events"].append(c["events"][2])), "rolled back to 1, but these were"),
+        (
+            edit(lambda c: rules_of(c, 0).clear()),
+            "version 1 was promoted, but its parity",
+        ),
+        (
+            edit(lambda c: rules_of(c, 0)["parity"].update(passed=False)),
+            "version 1 is champion, but has no parity",
+        ),
     ],
 )
 def test_broken_ledger_is_the_users_mistake(

@@ -250,6 +250,27 @@ def test_nothing_overrides_parity(mnist_bn: MnistBn, present: bool) -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_rollback_does_not_bring_back_what_has_no_parity(mnist_bn: MnistBn) -> None:
+    mnist_bn("promote", "2", "--override", "to try it")
+    lay(GOOD)  # the files of version 1
+    write_parity(Path(), [Check("probes", "failed", "differs")])
+    mnist_bn("register")
+    before = REGISTRY.read_bytes()
+    done = mnist_bn("rollback")
+    assert done.status == 1
+    assert "FAILED: version 1 does not come back: parity: no parity" in done.err
+    assert REGISTRY.read_bytes() == before
+
+
+@pytest.mark.usefixtures("folder")
+def test_reason_has_its_limit(mnist_bn: MnistBn) -> None:
+    done = mnist_bn("promote", "2", "--override", "word " * 200)
+    assert done.status == 2
+    assert "a reason of 999 characters is too long; at most 500" in done.err
+    assert champion() == 1
+
+
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("reason", ["", " \n"])
 def test_override_needs_a_reason(mnist_bn: MnistBn, reason: str) -> None:
     done = mnist_bn("promote", "2", "--override", reason)

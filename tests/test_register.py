@@ -130,7 +130,7 @@ def test_promotion_is_what_the_ledger_says_about_the_version(mnist_bn: MnistBn) 
 
 def no_parity(_: Path) -> None:
     lay(shifted(ALIKE))
-    write_parity(Path(), [*PASSED, Check("weights", "failed", "bn1.running_mean differs")])
+    write_parity(Path(), [Check("weights", "failed", "bn1.running_mean differs")])
 
 
 def parity_of_another_file(_: Path) -> None:
@@ -157,6 +157,21 @@ def parity_of_one_file_only(_: Path) -> None:
     lay(shifted(ALIKE))
     report = json.loads(PARITY.read_text())
     del report["graphs"]["bn-folded.onnx"]
+    PARITY.write_text(json.dumps(report))
+
+
+def parity_of_an_older_gate(_: Path) -> None:
+    lay(shifted(ALIKE))
+    report = json.loads(PARITY.read_text())
+    for graph in report["graphs"].values():
+        graph["checks"] = [check for check in graph["checks"] if check["name"] != "probes"]
+    PARITY.write_text(json.dumps(report))
+
+
+def parity_on_other_images(_: Path) -> None:
+    lay(shifted(ALIKE))
+    report = json.loads(PARITY.read_text())
+    report["data"]["sha256"] = "0" * 64
     PARITY.write_text(json.dumps(report))
 
 
@@ -213,6 +228,12 @@ def key_missing(folder: Path) -> None:
         (parity_never_judged, "parity", r"no reports/parity\.json; run `dvc repro verify` first"),
         (parity_unreadable, "parity", r"parity\.json is not what `dvc repro verify` writes"),
         (parity_of_one_file_only, "parity", r"says nothing about models/bn-folded\.onnx"),
+        (parity_of_an_older_gate, "parity", r"is not of today's gate: its checks are file, prov"),
+        (
+            parity_on_other_images,
+            "parity",
+            r"test\.safetensors with SHA-256 0{12}…, but the test im",
+        ),
         (parity_denied_at_the_top, "parity", r"no parity: reports/parity\.json"),
         (below_the_floor, "accuracy", r"0\.9440 and 0\.9440 of 500 .* demanded are 0\.947"),
         (worse, "champion", r"worse than version 1, .* 18 wrong that it gets right, p = 3\.8e-06"),
@@ -245,6 +266,36 @@ def test_bad_one_is_refused_by_its_rule(
     assert champion() == 1
     assert len(ledger().versions) == 2
     assert not any(str(second).encode() in content for content in state())
+
+
+def test_checkpoint_that_is_not_the_versions_does_not_take_its_place(
+    folder: Path, mnist_bn: MnistBn
+) -> None:
+    assert folder
+    mnist_bn("register")
+    weights = ledger().versions[0].weights_sha256
+    CHECKPOINT.write_bytes(b"trained again, not exported")
+    mnist_bn("register")
+    assert (promotion()["outcome"], refusals()) == ("kept", {"parity"})
+    assert ledger().versions[0].weights_sha256 == weights
+
+
+def test_ledger_that_git_has_is_not_begun_anew(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mnist_bn("register")
+    (folder / "dvc.yaml").write_text("stages: {}")
+    for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
+        monkeypatch.setenv(f"{name}_NAME", "test")
+        monkeypatch.setenv(f"{name}_EMAIL", "test@localhost")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "registered"]):
+        subprocess.run(["git", *command], check=True)
+    REGISTRY.unlink()
+    lay(shifted(WORSE))
+    done = mnist_bn("register")
+    assert done.status == 2
+    assert "models/registry.json is gone, but git has it" in done.err
+    assert not REGISTRY.exists()
 
 
 def test_signature_is_asked_for_where_one_is_demanded(

@@ -306,7 +306,8 @@ def test_failed_parity_is_shown(troubled: tuple[Path, Result]) -> None:
         f"bn.onnx , not judged: probes bn.onnx" in page.text
     )
     assert f"bn.onnx: NO parity Likely: {HOSTILE} Likely: opset 8 On 500 test images" in page.text
-    assert f"file ✗ failed {HOSTILE} probes ? not judged there is no graph" in page.text
+    assert f"file ✗ failed {HOSTILE} provenance" in page.text
+    assert "probes ? not judged there is no graph invariance" in page.text
     card = (reports / "model_card.md").read_text()
     assert "**NOT PROVEN: do not ship these files**" in card
     assert "\n| bn.onnx | probes | **not judged** | there is no graph |\n" in card

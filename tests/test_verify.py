@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mnist_batchnorm.export import export
 from mnist_batchnorm.model import load_checkpoint, save_checkpoint
-from mnist_batchnorm.parity.gate import NAMES
+from mnist_batchnorm.parity.report import CHECKS
 from tests.conftest import MnistBn, Outcome
 
 
@@ -146,7 +146,7 @@ class TestAnyTwoFiles:
         assert report["verdict"] == "parity"
         content = (ready / "models/bn.onnx").read_bytes()
         assert report["onnx"] == {"path": "models/bn.onnx", "sha256": sha256(content).hexdigest()}
-        assert [check["name"] for check in report["checks"]] == list(NAMES)
+        assert [check["name"] for check in report["checks"]] == list(CHECKS)
 
     def test_mistake_is_named(self, judge: Callable[..., Outcome], ready: Path) -> None:
         graph = onnx.load(ready / "models/bn.onnx")

@@ -14,6 +14,8 @@ from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.layout import REGISTRY
 from mnist_batchnorm.ledger import Ledger
 
+REASON = 500  # characters
+
 
 def require_registry() -> None:
     """Make sure that something has been registered here, before anything is locked or written.
@@ -51,6 +53,18 @@ def _git_config(key: str) -> str:
 def as_text(words: str) -> str:
     """Return words on one line, as UTF-8 can hold them."""
     return " ".join(words.encode(errors="replace").decode().split())
+
+
+def reason(words: str) -> str:
+    """Return a reason as the ledger holds it.
+
+    Raises:
+        UserError: It is longer than MLflow's descriptions, which show it, leave room for.
+    """
+    text = as_text(words)
+    if len(text) > REASON:
+        raise UserError(f"a reason of {len(text)} characters is too long; at most {REASON}")
+    return text
 
 
 def when() -> str:

@@ -133,6 +133,10 @@ class History:
         """Say for people which commit that is: short hash and subject."""
         return (self._git("log", "-1", "--format=%h %s", commit) or commit[:7]).strip()
 
+    def holds(self, path: Path) -> bool:
+        """Tell whether the commit checked out has a file."""
+        return self._git("cat-file", "-e", f"HEAD:./{path.as_posix()}") is not None
+
     def refs(self) -> str:
         """Return what changes whenever a commit or an experiment comes or goes."""
         names = ("refs/heads", "refs/tags", "refs/remotes", "refs/exps")

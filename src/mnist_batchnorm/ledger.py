@@ -200,7 +200,21 @@ class Ledger(Entry):
             if self.find(version.files) is not version:
                 raise ValueError(f"version {version.version} is of the same files as another")
         self._pile()
+        self._parity_of_champions()
         return self
+
+    def _parity_of_champions(self) -> None:
+        """Refuse what only an editor could have written: a champion without the gate's word."""
+        for number in {event.version for event in self.events}:
+            if "parity" not in self.versions[number - 1].decision.rules:
+                raise ValueError(f"version {number} was promoted, but its parity was never judged")
+        champion = self.champion
+        if (
+            champion
+            and "parity" in champion.decision.refusals
+            and champion.decision.outcome != "kept"
+        ):
+            raise ValueError(f"version {champion.version} is champion, but has no parity")
 
     def _pile(self) -> list[int]:
         pile: list[int] = []

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from mnist_batchnorm.byhand import announce, as_text, require_registry, when, who
+from mnist_batchnorm.byhand import announce, reason, require_registry, when, who
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import CHECKPOINT, MODELS, REGISTERED, REGISTRY, TEST_SPLIT
@@ -77,12 +77,13 @@ def promote(
     """
     measured, findings = evidence(find(ledger, number), params.signed_by)
     decision = judge(ledger, measured, findings, params)
-    if decision.outcome == "promoted":
-        after = ledger.with_version(measured, decision)
-        return after.with_event(PromotedByRules(version=number)), decision
+    passed = decision.outcome == "promoted"
+    after = ledger.with_version(measured, decision) if passed else ledger
     if why is not None and "parity" not in decision.refusals:
         event = PromotedByOverride(version=number, who=who(), when=when(), why=why)
-        return ledger.with_event(event), decision
+        return after.with_event(event), decision
+    if passed:
+        return after.with_event(PromotedByRules(version=number)), decision
     return ledger, decision
 
 
@@ -97,7 +98,7 @@ def command(version: int, override: str | None, as_json: bool) -> None:
     are in models/, else by what models/registry.json holds. Exit status: 0 it is the champion, 1 a
     rule refuses, 2 there is no such version.
     """
-    why = None if override is None else as_text(override)
+    why = None if override is None else reason(override)
     if why == "":
         raise UserError("--override needs a reason: it is what models/registry.json will say")
     params = load_params().registration

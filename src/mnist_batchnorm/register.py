@@ -4,11 +4,14 @@ The champion is decided here, from files, and written to a file; what MLflow's m
 is a view of it.
 """
 
+from pathlib import Path
+
 import click
 
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest, write_json
+from mnist_batchnorm.history import History
 from mnist_batchnorm.layout import (
     CHECKPOINT,
     MODELS,
@@ -69,7 +72,11 @@ def register(params: RegisterParams) -> tuple[Ledger, Version]:
     measured, graphs = measure()
     findings = judge_files(measured, graphs, params.signed_by)
     with locked(REGISTRY):
+        require_ledger()
         ledger = Ledger.load(REGISTRY)
+        known = ledger.find(measured.files)
+        if known and not findings["parity"].passed:  # the checkpoint may be another's
+            measured = measured.model_copy(update={"weights_sha256": known.weights_sha256})
         decision = judge(ledger, measured, findings, params)
         number = ledger.number_of(measured.files)
         ledger = ledger.with_version(measured, decision)
@@ -79,6 +86,19 @@ def register(params: RegisterParams) -> tuple[Ledger, Version]:
         version = ledger.versions[number - 1]
         write_json(PROMOTION, promotion(version))
     return ledger, version
+
+
+def require_ledger() -> None:
+    """Make sure that no ledger was here that is not here now: that would begin anew.
+
+    Raises:
+        UserError: Git has one, and the working tree does not.
+    """
+    if not REGISTRY.exists() and History(Path.cwd()).holds(REGISTRY):
+        raise UserError(
+            f"{REGISTRY} is gone, but git has it: without it every champion is forgotten; "
+            f"`git checkout -- {REGISTRY}` restores it, `git rm {REGISTRY}` and a commit begin anew"
+        )
 
 
 def promotion(version: Version) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """What a version must do to become champion: one function a rule, and each says why.
 
-A rule never raises for what it is about: a missing report or a broken file is a refusal with a
-reason, so that all rules are judged and a person sees everything that is wrong at once.
+A rule does not raise for what it is about: a missing report or a broken file is a refusal with a
+reason, so that all rules are judged and a person sees everything that is wrong at once. A key that
+is none is the caller's mistake, and ends the judging.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import MODELS, REGISTERED, REPORTS
 from mnist_batchnorm.ledger import Decision, Figure, Ledger, Measured, Rule, Version
 from mnist_batchnorm.params import RegisterParams
+from mnist_batchnorm.parity.report import CHECKS
 from mnist_batchnorm.regress import GOLDENS, IMAGES, Graph, compare_with_goldens, load_fixture
-from mnist_batchnorm.results import Parity, read_record
+from mnist_batchnorm.results import JudgedFile, Parity, read_record
 
 PARITY = REPORTS / "parity.json"
 AGAIN = "check its files out and run `mnist-bn register`"
@@ -87,19 +89,8 @@ def parity_rule(measured: Measured) -> Rule:
         parity = read_record(PARITY, Parity, "verify")
     except UserError as problem:
         return refusal(str(problem))
-    for name, file in REGISTERED.items():
-        graph = parity.graphs.get(file)
-        if graph is None:
-            return refusal(f"{PARITY} says nothing about {MODELS / file}; run `dvc repro verify`")
-        for judged, sha256 in (
-            (graph.onnx, measured.files[name].sha256),
-            (graph.weights, measured.weights_sha256),
-        ):
-            if judged.sha256 != sha256:
-                return refusal(
-                    f"{PARITY} is about a {judged.path} with SHA-256 {judged.sha256[:12]}…, but "
-                    f"the file is {sha256[:12]}…; run `dvc repro verify`"
-                )
+    if other := about_something_else(parity, measured):
+        return refusal(f"{PARITY} {other}; run `dvc repro verify`")
     numbers: dict[str, dict[str, Figure]] = {}
     problems = []
     for name, file in REGISTERED.items():
@@ -114,6 +105,27 @@ def parity_rule(measured: Measured) -> Rule:
     counts = " and ".join(str(number["checks"]) for number in numbers.values())
     says = f"both files compute what their checkpoint computes: all {counts} checks passed"
     return Rule(passed=True, says=says, numbers={**numbers})
+
+
+def about_something_else(parity: Parity, measured: Measured) -> str | None:
+    """Say why a report is none of today's gate about these very files; None if it is."""
+    judged: dict[str, tuple[JudgedFile, str]] = {"test images": (parity.data, measured.test_sha256)}
+    for name, file in REGISTERED.items():
+        graph = parity.graphs.get(file)
+        if graph is None:
+            return f"says nothing about {MODELS / file}"
+        names = [check.name for check in graph.checks]
+        if names != list(CHECKS):
+            return f"is not of today's gate: its checks are {', '.join(names) or 'none'}"
+        judged[graph.onnx.path] = (graph.onnx, measured.files[name].sha256)
+        judged[graph.weights.path] = (graph.weights, measured.weights_sha256)
+    for what, (then, sha256) in judged.items():
+        if then.sha256 != sha256:
+            return (
+                f"is about a {then.path} with SHA-256 {then.sha256[:12]}…, but "
+                f"the {'test images are' if what == 'test images' else 'file is'} {sha256[:12]}…"
+            )
+    return None
 
 
 def accuracy_rule(measured: Measured, minimum: float) -> Rule:

@@ -23,15 +23,10 @@ from mnist_batchnorm.parity.probes import check_probes, relative_errors
 from mnist_batchnorm.parity.provenance import check_provenance
 from mnist_batchnorm.parity.reexport import FreshExport, check_reexport
 from mnist_batchnorm.parity.reference import Float64, Labels, Reference
-from mnist_batchnorm.parity.report import Check, Diagnosis, ParityReport, one_line, verdict
+from mnist_batchnorm.parity.report import CHECKS, Check, Diagnosis, ParityReport, one_line, verdict
 from mnist_batchnorm.parity.runtime import Float32, Passes
 from mnist_batchnorm.parity.structure import Interface, Pair, check_structure, match
 from mnist_batchnorm.parity.weights import check_weights, fused
-
-NAMES = (
-    *("file", "provenance", "structure", "weights", "re-export"),
-    *("probes", "invariance", "behaviour"),
-)
 
 
 class Gate:
@@ -94,7 +89,7 @@ class Gate:
         proto = decode(content)
         if isinstance(proto, str):
             checks = [Check("file", "failed", proto, {"problems": [proto]})]
-            checks += [Check(name, "not judged", "there is no graph") for name in NAMES[1:]]
+            checks += [Check(name, "not judged", "there is no graph") for name in CHECKS[1:]]
             return self._report(file, content, checks, [Diagnosis("corrupt-file", proto)])
         interface = Interface(
             self.input_shape, self.reference.output_shape, input_name, output_name, opset

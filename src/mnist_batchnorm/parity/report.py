@@ -8,6 +8,10 @@ import numpy.typing as npt
 
 Status = Literal["passed", "failed", "not judged"]
 
+CHECKS = (  # all of them, in the order of a report
+    *("file", "provenance", "structure", "weights", "re-export"),
+    *("probes", "invariance", "behaviour"),
+)
 LARGEST = 1e300  # stands for NaN and infinity, which JSON does not know
 SHOWN = 3  # problems in the sentence; all of them are in the evidence
 WIDTH = 100  # columns of the table
@@ -18,8 +22,7 @@ class Check:
     """The outcome of one check.
 
     Attributes:
-        name: ``file``, ``provenance``, ``structure``, ``weights``, ``re-export``, ``probes``,
-            ``invariance`` or ``behaviour``.
+        name: one of `CHECKS`.
         status: whether what it checks holds; ``not judged`` where the gate cannot tell.
         detail: one sentence: what holds, or what differs, where and by how much.
         evidence: JSON-serializable facts, the worst case and its distance from the limit among
