@@ -9,11 +9,12 @@ import click
 
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.history import History, stages_of
+from mnist_batchnorm.history import History, md5_of, stages_of
 from mnist_batchnorm.layout import (
     DVC_FILE,
     LOCK_FILE,
     PARAMS_FILE,
+    PREPARED,
     REGISTERED,
     REGISTRY,
     WEIGHTS_KEY,
@@ -52,14 +53,14 @@ def find_source(history: History, md5: str) -> Source | None:
     else:
         stages = stages_of(LOCK_FILE.read_text()) if LOCK_FILE.is_file() else {}
     for name, stage in stages.items():
-        for out in stage.get("outs", ()):
-            if out.get("md5") != md5:
+        for path, of_out in md5_of(stage, "outs").items():
+            if of_out != md5:
                 continue
             deps = {
-                dep["path"]: dep["md5"]
+                dep: of_dep
                 for of in stages.values()
-                for dep in of.get("deps", ())
-                if dep["path"].startswith("data/prepared/")
+                for dep, of_dep in md5_of(of, "deps").items()
+                if dep.startswith(f"{PREPARED.as_posix()}/")
             }
             params = {
                 section: values
@@ -69,7 +70,7 @@ def find_source(history: History, md5: str) -> Source | None:
             }  # fmt: skip
             recorded = made.commit if made.recorded else None
             subject = history.describe(recorded) if recorded else None
-            return Source(name, out["path"], recorded, subject, made.experiments, params, deps)
+            return Source(name, path, recorded, subject, made.experiments, params, deps)
     return None
 
 
