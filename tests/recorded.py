@@ -12,7 +12,15 @@ from ruamel.yaml import YAML
 
 from mnist_batchnorm import cli
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import LOCK_FILE, MODELS, PREPARED, SEED_CURVES, SEEDS, WEIGHTS_KEY
+from mnist_batchnorm.layout import (
+    LOCK_FILE,
+    MODELS,
+    PREPARED,
+    SEED_CURVES,
+    SEEDS,
+    VARIANTS,
+    WEIGHTS_KEY,
+)
 from mnist_batchnorm.params import Params, load_params
 from tests import store
 from tests.conftest import ROOT
@@ -79,12 +87,20 @@ def write_lock() -> None:
         return {"params.yaml": {section: getattr(load_params(), section).model_dump(mode="json")}}
 
     splits = [PREPARED / f"{name}.safetensors" for name in ("train", "valid")]
-    checkpoints = [MODELS / f"{variant}.safetensors" for variant in ("bn", "plain")]
-    curves = [Path(f"reports/curves/{variant}.csv") for variant in ("bn", "plain")]
+    test = PREPARED / "test.safetensors"
+    tables = [
+        Path(f"reports/{of}/{v}.csv") for of in ("confusion", "predictions") for v in VARIANTS
+    ]
+    checkpoints = [MODELS / f"{variant}.safetensors" for variant in VARIANTS]
+    curves = [Path(f"reports/curves/{variant}.csv") for variant in VARIANTS]
     graphs = [MODELS / "bn.onnx", MODELS / "bn-folded.onnx"]
     deps = entries(Path("train.py"), *splits)
     stages = {
-        "prepare": {"cmd": "mnist-bn prepare", "params": of("prepare"), "outs": entries(*splits)},
+        "prepare": {
+            "cmd": "mnist-bn prepare",
+            "params": of("prepare"),
+            "outs": entries(*splits, test),
+        },
         "train": {
             "cmd": "mnist-bn train",
             "deps": deps,
@@ -97,6 +113,7 @@ def write_lock() -> None:
             "params": of("train"),
             "outs": entries(SEEDS, SEED_CURVES),
         },
+        "evaluate": {"cmd": "mnist-bn evaluate", "deps": entries(test), "outs": entries(*tables)},
         "export": {
             "cmd": "mnist-bn export",
             "deps": entries(checkpoints[0]),

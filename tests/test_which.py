@@ -83,7 +83,7 @@ def test_copied_onnx_file_is_known(
         f"data/prepared/{split}.safetensors": digest(
             folder / f"data/prepared/{split}.safetensors", "md5"
         )
-        for split in ("train", "valid")
+        for split in ("train", "valid", "test")
     }
 
 
