@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from mnist_batchnorm.address import tracking_uri
 from mnist_batchnorm.layout import CHECKPOINT_KEY
-from mnist_batchnorm.store import ENVIRONMENT, Point, Runs, curve_points
+from mnist_batchnorm.origin import KEY_TAG
+from mnist_batchnorm.store import ENVIRONMENT, PARENT_TAG, Point, Runs, curve_points
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -142,6 +143,59 @@ def history(folder: Path, run: "Run", metric: str) -> list[tuple[int, float]]:
     """Every point of a metric, repeated ones too, by step."""
     points = client(folder).get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.value) for point in points)
+
+
+def aliases(folder: Path) -> dict[str, dict[str, int]]:
+    """Version of each alias, by registered model."""
+    return {
+        model.name: {alias: int(version) for alias, version in model.aliases.items()}
+        for model in client(folder).search_registered_models()
+    }
+
+
+def shown(folder: Path) -> dict[str, Any]:
+    """All that MLflow shows but ids and times: runs with every point, models, versions, aliases."""
+    found, runs = client(folder), all_runs(folder)
+    keys = {
+        run.info.run_id: (
+            run.info.run_name,
+            *(run.data.tags[tag] for tag in (KEY_TAG, "dvc.stage")),
+        )
+        for run in runs
+    }
+    ids = [experiment.experiment_id for experiment in found.search_experiments()]
+    models = found.search_logged_models(ids)
+    kind = {model.model_id: (model.name, model.tags["sha256"]) for model in models}
+    result = {
+        "runs": {
+            keys[run.info.run_id]: {
+                "status": run.info.status,
+                "params": run.data.params,
+                "tags": {k: v for k, v in run.data.tags.items() if k != PARENT_TAG},
+                "parent": keys.get(run.data.tags.get(PARENT_TAG, "")),
+                "points": {m: history(folder, run, m) for m in run.data.metrics},
+                "data": sorted(d.dataset.digest for d in run.inputs.dataset_inputs),
+                "artefacts": artefacts(folder, run),
+            }
+            for run in runs
+        },
+        "models": sorted(
+            (*kind[model.model_id], model.status, keys.get(model.source_run_id, ()), model.params)
+            for model in models
+        ),
+        "versions": {
+            (version.name, int(version.version)): (
+                version.tags,
+                version.description,
+                keys.get(version.run_id),
+                kind.get(version.source.removeprefix("models:/")),
+            )
+            for version in found.search_model_versions()
+        },
+        "aliases": aliases(folder),
+    }
+    assert len(result["runs"]) == len(runs), "two runs of one name and key"
+    return result
 
 
 class Failing(http.server.BaseHTTPRequestHandler):

@@ -1,15 +1,9 @@
 """The whole pipeline: real `dvc repro` on a slice of real MNIST, in a copy, offline."""
 
 import csv
-import gzip
-import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,95 +12,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from mnist_batchnorm.dataset import load_split, network_input
-from mnist_batchnorm.download import FILES
+from tests.pipeline import ROOT, Project, make_project
 
-ROOT = Path(__file__).parent.parent
-SLICE = ROOT / "tests/fixtures/mnist"
 TRAININGS = "tags.dvc.stage = 'train'"  # not the runs of stage seeds
-PROJECT_FILES = (
-    ".dvc/.gitignore",
-    ".dvc/config",
-    ".dvc/plots",
-    ".dvcignore",
-    ".gitignore",
-    "dvc.yaml",
-    "params.yaml",
-    "src",
-    "tests/regression/images.safetensors",
-    "tests/regression/pipeline-goldens.json",
-)
-
-
-@dataclass(frozen=True)
-class Project:
-    """A copy of the project in a folder of its own, under git and DVC."""
-
-    folder: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Variables of a user's shell, with nothing of this machine's."""
-        settings = self.folder.parent / "settings"
-        scripts = Path(sys.executable).parent
-        return {
-            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-            "HOME": str(settings),
-            "DVC_SITE_CACHE_DIR": str(settings),
-            "MNIST_SOURCE": str(SLICE),
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_AUTHOR_NAME": "test",
-            "GIT_AUTHOR_EMAIL": "test@localhost",
-            "GIT_COMMITTER_NAME": "test",
-            "GIT_COMMITTER_EMAIL": "test@localhost",
-        }
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of the environment as a user would."""
-        return subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def check(self, *command: str) -> str:
-        """Run a command that must succeed and return what it printed."""
-        done = self.run(*command)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
-    def hashes(self, *patterns: str) -> dict[str, str]:
-        return {
-            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for pattern in patterns
-            for path in sorted(self.folder.glob(pattern))
-        }
-
-
-def make_project(folder: Path) -> Project:
-    for name in PROJECT_FILES:
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
-    yaml = YAML()
-    params = yaml.load(folder / "params.yaml")
-    params["download"]["sha256"] = {
-        stem: hashlib.sha256(gzip.decompress((SLICE / f"{file}.gz").read_bytes())).hexdigest()
-        for stem, file in FILES.items()
-    }
-    params["prepare"]["valid_size"] = 200
-    params["train"]["epochs"] = 3
-    yaml.dump(params, folder / "params.yaml")
-    project = Project(folder)
-    project.check("git", "init", "-q", "-b", "main")
-    project.check("git", "add", "-A")
-    project.check("git", "commit", "-qm", "start")
-    return project
 
 
 @pytest.fixture(scope="module")

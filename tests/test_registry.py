@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -64,58 +63,9 @@ def lay(name: str, network: Network) -> None:
     regress.save_goldens(regress.GOLDENS, regress.pin(graphs, *regress.load_fixture()))
 
 
-def aliases(folder: Path) -> dict[str, dict[str, int]]:
-    """Version of each alias, by model."""
-    client = store.client(folder)
-    return {
-        name: {a: int(v) for a, v in client.get_registered_model(name).aliases.items()}
-        for name in REGISTERED
-    }
-
-
-def shown(folder: Path) -> dict[str, Any]:
-    """All that MLflow shows but ids and times: runs with every point, models, versions, aliases."""
-    client = store.client(folder)
-    runs = store.all_runs(folder)
-    names = {run.info.run_id: run.info.run_name for run in runs}
-    ids = [e.experiment_id for e in client.search_experiments()]
-    models = client.search_logged_models(ids)
-    kind = {model.model_id: model.name for model in models}
-    private = ("mlflow.parentRunId",)
-    return {
-        "runs": {
-            run.info.run_name: {
-                "status": run.info.status,
-                "params": run.data.params,
-                "tags": {k: v for k, v in run.data.tags.items() if k not in private},
-                "parent": names.get(run.data.tags.get("mlflow.parentRunId", "")),
-                "points": {m: store.history(folder, run, m) for m in run.data.metrics},
-                "data": sorted(d.dataset.digest for d in run.inputs.dataset_inputs),
-                "artefacts": store.artefacts(folder, run),
-            }
-            for run in runs
-        },
-        "models": sorted(
-            (model.name, model.tags["sha256"], names.get(model.source_run_id), model.params)
-            for model in models
-        ),
-        "versions": {
-            (name, version.version): (
-                version.tags,
-                version.description,
-                names.get(version.run_id),
-                kind.get(version.source.removeprefix("models:/")),
-            )
-            for name in REGISTERED
-            for version in client.search_model_versions(f"name = '{name}'")
-        },
-        "aliases": aliases(folder),
-    }
-
-
 def test_versions_and_aliases_are_the_ledgers(folder: Path) -> None:
     expected = {"champion": 3, "candidate": 3}
-    assert aliases(folder) == {"mnist-bn": expected, "mnist-bn-folded": expected}
+    assert store.aliases(folder) == {"mnist-bn": expected, "mnist-bn-folded": expected}
     client = store.client(folder)
     for name, file in REGISTERED.items():
         found = {int(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
@@ -154,12 +104,12 @@ def test_champion_loads_and_gives_the_goldens(
 
 def test_rollback_and_override_move_the_alias(folder: Path, mnist_bn: MnistBn) -> None:
     assert mnist_bn("rollback", "--reason", "sevens look like ones").status == 0
-    assert {name: of["champion"] for name, of in aliases(folder).items()} == {
+    assert {name: of["champion"] for name, of in store.aliases(folder).items()} == {
         "mnist-bn": 1,
         "mnist-bn-folded": 1,
     }
     assert mnist_bn("promote", "2", "--override", "to compare them live").status == 0
-    assert {of["champion"] for of in aliases(folder).values()} == {2}
+    assert {of["champion"] for of in store.aliases(folder).values()} == {2}
     version = store.client(folder).get_model_version("mnist-bn", "2")
     assert "to compare them live" in version.description
     assert version.tags["decision"] == "refused"  # by the rules
@@ -171,7 +121,7 @@ def test_rollback_and_override_move_the_alias(folder: Path, mnist_bn: MnistBn) -
 def test_alias_that_somebody_moved_by_hand_is_put_back(folder: Path, mnist_bn: MnistBn) -> None:
     store.client(folder).set_registered_model_alias("mnist-bn", "champion", "2")
     assert "champion is version 3" in mnist_bn("sync").out
-    assert aliases(folder)["mnist-bn"]["champion"] == 3
+    assert store.aliases(folder)["mnist-bn"]["champion"] == 3
     assert mnist_bn("sync").out == "MLflow has all of it\n"
 
 
@@ -183,7 +133,7 @@ def test_lost_store_is_made_again(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = shown(folder)
+    before = store.shown(folder)
     # elsewhere, because this process keeps the database open that it has used
     lost = shutil.ignore_patterns("mlflow.db*", "mlartifacts", "tmp")
     again = shutil.copytree(folder, tmp_path / "again", ignore=lost)
@@ -193,7 +143,7 @@ def test_lost_store_is_made_again(
         shared.empty()
     done = mnist_bn("sync")
     assert (done.status, done.err) == (0, "")
-    assert shown(again) == before
+    assert store.shown(again) == before
 
 
 def test_version_whose_file_is_lost_is_named(folder: Path, mnist_bn: MnistBn) -> None:
@@ -204,4 +154,4 @@ def test_version_whose_file_is_lost_is_named(folder: Path, mnist_bn: MnistBn) ->
     done = mnist_bn("sync")
     assert done.status == 0
     assert "version 1 of mnist-bn, mnist-bn-folded is not shown: its file is neither" in done.err
-    assert aliases(folder)["mnist-bn"]["champion"] == 4  # MLflow's next number
+    assert store.aliases(folder)["mnist-bn"]["champion"] == 4  # MLflow's next number

@@ -328,7 +328,7 @@ def test_runs_of_seeds_take_few_requests_and_none_that_write_when_they_are_there
 ) -> None:
     monkeypatch.setattr(opened, "client", first := Counting(opened.client))
     opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
-    assert first.calls.total() == 19  # three for each run, and four
+    assert first.calls.total() == 20  # three for each run, and five
     before = [run.to_dictionary() for run in store.all_runs(folder)]
     monkeypatch.setattr(opened, "client", second := Counting(first.client))
     opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
@@ -373,6 +373,33 @@ def test_runs_of_seeds_that_an_outage_cut_off_are_completed(
         run = by_name[f"workspace/seeds/{variant}-{seed}"]
         assert run.data.params == over_seeds.one(variant, seed).logged_params()
         assert len(store.history(folder, run, "seed_curves/valid_accuracy")) == 2
+
+
+class Twice:
+    """MLflow's client, and another machine that creates the same runs at the same time."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def create_run(self, *arguments: Any, **keywords: Any) -> Any:
+        self.client.create_run(*arguments, **keywords)
+        return self.client.create_run(*arguments, **keywords)
+
+
+def test_runs_of_seeds_that_another_machine_makes_meanwhile_are_kept_once(
+    folder: Path, opened: Runs, over_seeds: SeedsOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "client", Twice(opened.client))
+    run_id = opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
+    found = {run.info.run_name: run for run in store.all_runs(folder)}
+    assert len(found) == len(store.all_runs(folder)) == 5
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert sorted(opened.within([run_id])) == sorted(
+        run.info.run_id for name, run in found.items() if name != "workspace/seeds"
+    )
 
 
 def test_other_figures_over_seeds_are_other_runs(

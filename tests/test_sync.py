@@ -21,6 +21,7 @@ from mnist_batchnorm.params import Params
 from mnist_batchnorm.parity import Check
 from mnist_batchnorm.results import read_confusion
 from mnist_batchnorm.store import PARENT_TAG, Runs, curve_points
+from mnist_batchnorm.sync import input_example
 from tests import store
 from tests.conftest import MnistBn
 from tests.finished import finish, write_pages, write_parity
@@ -286,6 +287,30 @@ def test_model_whose_upload_was_killed_is_replaced(
         ("bn", "READY"),
         ("bn-folded", "READY"),
     ]
+
+
+def test_model_whose_upload_was_killed_on_this_machine_is_replaced_at_once(
+    folder: Path, mnist_bn: MnistBn
+) -> None:
+    mnist_bn("sync")
+    client, (model, _) = store.client(folder), models(folder)
+    client.delete_logged_model(model.model_id)
+    client.create_logged_model(model.experiment_id, "bn", model.source_run_id, tags=model.tags)
+    assert "PENDING" in [model.status for model in models(folder)]
+    assert mnist_bn("sync").err == ""
+    assert [(model.name, model.status) for model in models(folder)] == [
+        ("bn", "READY"),
+        ("bn-folded", "READY"),
+    ]
+
+
+def test_model_that_was_there_before_its_run_is_kept(folder: Path, mnist_bn: MnistBn) -> None:
+    opened = Runs.open("mnist-batchnorm", folder)
+    path = folder / "models/bn.onnx"
+    before = artefacts.log_onnx(opened, path, "bn", input_example, None)
+    assert mnist_bn("sync").err == ""
+    assert [model.name for model in models(folder)] == ["bn", "bn-folded"]
+    assert models(folder)[0].model_id == before
 
 
 def test_hiccup_of_the_server_is_no_trouble(

@@ -36,7 +36,7 @@ from mnist_batchnorm.train import write_curve
 from tests import store
 from tests.commands import Command, environment, kill, run, running
 from tests.conftest import ROOT, MnistBn, fill
-from tests.test_pipeline import Project, make_project
+from tests.pipeline import Project, make_project
 
 EPOCHS = 60  # a second or more, long enough to be disturbed at a chosen moment
 STEPS = 56  # an epoch, of 32 of the 1,800 images

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REPORTS_TAG = "mnist_bn.reports"
 SHA256_TAG = "sha256"
+PLACE_TAG = "mnist_bn.place"
 UPLOAD_TIME = 60_000  # ms after which a model that is not there yet will not come
 
 
@@ -85,7 +86,7 @@ def log_onnx(runs: Runs, path: Path, name: str, example: "Example", run_id: str 
     model = mlflow.initialize_logged_model(
         name,
         source_run_id=run_id,
-        tags={SHA256_TAG: sha256, "mlflow.source.name": "mnist-bn sync"},
+        tags={SHA256_TAG: sha256, PLACE_TAG: runs.place, "mlflow.source.name": "mnist-bn sync"},
         params={**params, "export.opset": str(opset)},
         experiment_id=runs.experiment_id,
     )
@@ -117,16 +118,21 @@ def log_onnx(runs: Runs, path: Path, name: str, example: "Example", run_id: str 
 def find_model(runs: Runs, name: str, sha256: str, run_id: str | None) -> str | None:
     """Return the id of the model that was logged of a file; None if there is none.
 
-    An upload that was cut short is deleted, and of doubles that two machines logged at the same
-    time all but the first to be there.
+    One that was logged before there was a run of its weights counts as any run's: a registered
+    version may be of it. An upload that was cut short is deleted, and of doubles that two machines
+    logged at the same time all but the first to be there.
     """
-    source = f"source_run_id = '{run_id}' AND " if run_id else ""
-    query = f"{source}name = '{name}' AND tags.{SHA256_TAG} = '{sha256}'"
+    query = f"name = '{name}' AND tags.{SHA256_TAG} = '{sha256}'"
     found = runs.client.search_logged_models([runs.experiment_id], query)
+    if run_id:
+        own = [model for model in found if model.source_run_id == run_id]
+        found = own or [model for model in found if not model.source_run_id]
     kept: str | None = None
     for model in sorted(found, key=lambda model: (model.last_updated_timestamp, model.model_id)):
         ready = model.status == "READY"
-        if not ready and now() - model.last_updated_timestamp < UPLOAD_TIME:
+        # of this place only who holds the lock uploads, and here that is done or was killed
+        elsewhere = model.tags.get(PLACE_TAG) != runs.place
+        if not ready and elsewhere and now() - model.last_updated_timestamp < UPLOAD_TIME:
             continue  # another machine is at it
         if ready and not kept and runs.client.list_logged_model_artifacts(model.model_id):
             kept = model.model_id

@@ -20,9 +20,18 @@ from mnist_batchnorm.layout import DVC_FILE, LOCK_FILE, MODELS, REPORTS, TEST_SP
 
 EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(?P<name>[^/]+)")
 GIT_HOOK = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")
+# what a user's own settings would add to what git prints
+PLAIN = ("-c", "color.ui=false", "-c", "log.showSignature=false")
 PUBLISHED = ("--branches", "--tags", "--remotes")  # and HEAD: the commits that are not experiments
 # as DVC writes it; to parse every commit's YAML would take minutes
 MD5_IN_LOCK = re.compile(r"- path: (\S+)\n +hash: md5\n +md5: ([0-9a-f]{32})$", re.MULTILINE)
+
+
+class Experiment(NamedTuple):
+    """A DVC experiment; those on top of different commits may have one name."""
+
+    name: str
+    commit: str
 
 
 class Made(NamedTuple):
@@ -47,10 +56,14 @@ class History:
 
     Args:
         root: the folder of ``dvc.yaml`` in the repository, which need not be git's top folder.
+
+    Attributes:
+        lacking: where DVC's cache would have what was looked for in vain.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.lacking: set[Path] = set()
         self._locks: dict[str, dict[str, Any]] = {}
 
     @functools.cached_property
@@ -63,46 +76,47 @@ class History:
         return found.split()[0] if found else None
 
     @functools.cached_property
-    def experiments(self) -> dict[str, str]:
-        """The commit of each DVC experiment by its name, the oldest first."""
+    def experiments(self) -> tuple[Experiment, ...]:
+        """The DVC experiments, the oldest first."""
         form = "--format=%(objectname) %(refname)"
         listed = self._git("for-each-ref", "--sort=creatordate", form, "refs/exps") or ""
-        found = {}
-        for line in listed.splitlines() if self.head else ():
-            commit, _, name = line.partition(" ")
-            if match := EXPERIMENT.fullmatch(name):
-                found[match["name"]] = commit
-        return found
+        lines = [line.partition(" ") for line in listed.splitlines() if self.head]
+        return tuple(
+            Experiment(match["name"], commit)
+            for commit, _, name in lines
+            if (match := EXPERIMENT.fullmatch(name))
+        )
 
     def made(self, stage: str, md5: str) -> Made:
         """Find where the result of a stage with an out of this MD5 is on record."""
         commit, experiments = self.first_commit(md5), self.experiments_with(md5)
         if commit is None and experiments:
-            commit = self.experiments[experiments[-1]]
+            commit = experiments[-1].commit
         if commit is None:
             return Made(self.head)
-        deps = self.lock(commit).get(stage, {}).get("deps", ())
-        hashes = {dep["path"]: dep["md5"] for dep in deps}
-        return Made(commit, True, tuple(sorted(experiments)), hashes)
+        deps = md5_of(self.lock(commit).get(stage, {}), "deps")
+        return Made(commit, True, tuple(sorted({one.name for one in experiments})), deps)
 
     def first_commit(self, md5: str) -> str | None:
         """Return the oldest commit, experiments aside, whose ``dvc.lock`` names a file."""
         if self.head is None:
             return None
         found = self._git(
-            *("log", "--reverse", "--topo-order", "--format=%H", f"-S{md5}"),
+            # with what a merge dropped, and what it made itself
+            *("log", "--full-history", "-m"),
+            *("--reverse", "--topo-order", "--format=%H", f"-S{md5}"),
             *("HEAD", *PUBLISHED, "--", str(LOCK_FILE)),
         )
         return found.split()[0] if found else None
 
-    def experiments_with(self, md5: str) -> list[str]:
-        """Name the experiments whose ``dvc.lock`` names a file, the oldest first."""
+    def experiments_with(self, md5: str) -> list[Experiment]:
+        """Return the experiments whose ``dvc.lock`` names a file, the oldest first."""
         if not self.experiments:
             return []
-        of = self.experiments
-        found = self._git("grep", "-F", "-l", md5, *of.values(), "--", str(LOCK_FILE)) or ""
-        commits = {line.partition(":")[0] for line in found.splitlines()}
-        return [name for name, commit in of.items() if commit in commits]
+        commits = {one.commit for one in self.experiments}
+        found = self._git("grep", "-F", "-l", md5, *commits, "--", str(LOCK_FILE)) or ""
+        having = {line.partition(":")[0] for line in found.splitlines()}
+        return [one for one in self.experiments if one.commit in having]
 
     def results(self, of: Sequence[Path]) -> list[str]:
         """Return the newest commit, or experiment, with each distinct set of results.
@@ -112,15 +126,16 @@ class History:
         """
         if self.head is None:
             return []
-        order = ("rev-list", "--reverse", "--topo-order")
+        order = ("rev-list", "--full-history", "--reverse", "--topo-order")
         listed = self._git(*order, "HEAD", *PUBLISHED, "--", str(LOCK_FILE), str(REPORTS)) or ""
         newest: dict[tuple[str | None, ...], str] = {}
-        for commit in [*listed.split(), *self.experiments.values()]:
+        for commit in [*listed.split(), *(one.commit for one in self.experiments)]:
             lock = self._git("show", f"{commit}:./{LOCK_FILE}") or ""
             md5 = dict(MD5_IN_LOCK.findall(lock))
             identity = tuple(md5.get(path.as_posix()) for path in of)
             newest.pop(identity, None)
-            newest[identity] = commit
+            if any(identity):
+                newest[identity] = commit
         return list(newest.values())
 
     def lock(self, commit: str) -> dict[str, Any]:
@@ -152,12 +167,19 @@ class History:
 
         Yields:
             The folder, and the outs that are neither in git nor in DVC's cache.
+
+        Raises:
+            UserError: git does not give its files, as of a clone that is not whole.
         """
-        archive = self._run("archive", "--format=tar", commit)
+        try:
+            archive = self._run("archive", "--format=tar", commit)
+        except subprocess.CalledProcessError as error:
+            reason = error.stderr.decode(errors="replace").strip()
+            raise UserError(f"git does not give the files of {commit[:7]}: {reason}") from None
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-                tar.extractall(folder, filter="data")
+                tar.extractall(folder, filter=_inside)  # noqa: S202 - the filter is the cure
             missing = []
             for path, md5 in outs_of(self.lock(commit)).items():
                 target = folder / path
@@ -172,8 +194,13 @@ class History:
 
     def cached(self, md5: str) -> Path | None:
         """Return the place of a file in DVC's cache; None if it is not there."""
-        path = self._cache and self._cache / md5[:2] / md5[2:]
-        return path if path and path.is_file() else None
+        if self._cache is None:
+            return None
+        path = self._cache / md5[:2] / md5[2:]
+        if path.is_file():
+            return path
+        self.lacking.add(path)
+        return None
 
     @functools.cached_property
     def _cache(self) -> Path | None:
@@ -192,11 +219,9 @@ class History:
         self, *arguments: str, folder: Path | None = None
     ) -> "subprocess.CompletedProcess[bytes]":
         # DVC's hooks of git may have set these for another repository
-        environment = {
-            k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_INDEX_FILE")
-        }
+        environment = {k: v for k, v in os.environ.items() if k not in GIT_HOOK}
         return subprocess.run(  # noqa: S603
-            ["git", *arguments],  # noqa: S607
+            ["git", *PLAIN, *arguments],  # noqa: S607
             cwd=folder or self.root,
             capture_output=True,
             check=True,
@@ -209,6 +234,14 @@ class History:
             return self._run(*arguments, folder=folder).stdout.decode(errors="replace")
         except (OSError, subprocess.CalledProcessError):
             return None
+
+
+def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """Leave out what would be written, or point, outside: no result does."""
+    try:
+        return tarfile.data_filter(member, folder)
+    except tarfile.FilterError:
+        return None
 
 
 def is_needed(path: Path) -> bool:
@@ -225,14 +258,33 @@ def stages_of(lock: str) -> dict[str, Any]:
         stages = YAML(typ="safe", pure=True).load(lock)["stages"]
     except (YAMLError, KeyError, TypeError):
         return {}
-    return stages if isinstance(stages, dict) else {}
+    if not isinstance(stages, dict):
+        return {}
+    return {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
 
 
 def outs_of(stages: dict[str, Any]) -> dict[str, str]:
     """Return the MD5 of every out in a ``dvc.lock`` by its path, folders aside."""
     return {
-        out["path"]: out["md5"]
+        path: md5
         for stage in stages.values()
-        for out in stage.get("outs", ())
-        if not out["md5"].endswith(".dir")
+        for path, md5 in md5_of(stage, "outs").items()
+        if not md5.endswith(".dir")
+    }
+
+
+def md5_of(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Return the MD5 of each file of a stage in a ``dvc.lock``; what is none is left out.
+
+    Args:
+        stage: as the file has it, which anybody may have edited.
+        kind: ``deps`` or ``outs``.
+    """
+    entries = stage.get(kind)
+    return {
+        entry["path"]: entry["md5"]
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict)
+        and isinstance(entry.get("path"), str)
+        and isinstance(entry.get("md5"), str)
     }

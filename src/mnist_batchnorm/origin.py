@@ -166,12 +166,12 @@ class Origin:
             UserError: What the origin would be taken from is missing or unusable.
         """
         weights = MODELS / f"{variant}.safetensors"
-        inputs = Inputs.of_outs("train", [REPORTS / f"curves/{variant}.csv", weights])
         tags = {
             "mnist_bn.train_sha256": trained_on(weights),
             WEIGHTS_TAG: digest(weights),
             **({"mnist_bn.torch": metrics.torch} if metrics.torch else {}),
         }
+        inputs = Inputs.of_outs("train", [REPORTS / f"curves/{variant}.csv", weights])
         return cls(variant, metrics.device, *inputs, result=Result(digest(weights, "md5"), tags))
 
     @property

@@ -154,9 +154,9 @@ def told(event: PromotedByRules | PromotedByOverride | RolledBack) -> str:
 
 
 def _complete_aliases(runs: Runs, name: str, wanted: dict[str, str]) -> None:
-    if not wanted:
-        return
-    there: dict[str, Any] = dict(runs.client.get_registered_model(name).aliases)
+    there: dict[str, Any] = {}
+    for model in runs.client.search_registered_models(f"name = '{name}'"):
+        there = dict(model.aliases)
     for alias in ALIASES:
         if alias in wanted and str(there.get(alias)) != wanted[alias]:
             runs.client.set_registered_model_alias(name, alias, wanted[alias])

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import sys
 import time
 from collections import defaultdict
@@ -14,7 +15,7 @@ import click
 
 from mnist_batchnorm.address import tracking_uri, without_password
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import replacing
+from mnist_batchnorm.files import fingerprint, replacing
 from mnist_batchnorm.history import History
 from mnist_batchnorm.layout import repository
 from mnist_batchnorm.origin import EXPERIMENT_TAG, KEY_TAG, WEIGHTS_TAG, Origin, SeedsOrigin
@@ -87,6 +88,7 @@ class Runs:
         experiment_id: the experiment.
         lock: held while runs are looked up and changed, so that processes on one machine that
             record the same result end up with one run.
+        place: stands for all who share that lock.
         history: where results are on record.
     """
 
@@ -97,6 +99,7 @@ class Runs:
         self.client = client
         self.experiment_id = experiment_id
         self.lock = lock
+        self.place = fingerprint({"machine": platform.node(), "lock": str(lock.lock_file)})
         self.history = History(repository())
 
     @classmethod
@@ -199,24 +202,30 @@ class Runs:
             for double in doubles:
                 self.delete(double)
             run_id: str = parent.info.run_id
-            nested = {PARENT_TAG: run_id}
-            there: dict[str, Run] = {}
-            for run in _oldest_first(self.search(f"tags.`{PARENT_TAG}` = '{run_id}'")):
-                if there.setdefault(run.data.tags[KEY_TAG], run) is not run:
-                    self.delete(run)
-            there[origin.key] = parent
             tags = origin.tags(made)
             ones = [(origin.one(*of), points) for of, points in runs.items()]
+            tags_of = {one.key: tags | one.own_tags() | {PARENT_TAG: run_id} for one, _ in ones}
+            there = self._nested(run_id)
+            if missing := [one for one, _ in ones if one.key not in there]:
+                for one in missing:
+                    self._create(one, tags=tags_of[one.key], name=one.name(made))
+                there = self._nested(run_id)  # another machine's as well, made meanwhile
             # the one over all last: it has ended when all have
             for one, points in [*ones, (origin, summary)]:
-                own = tags | one.own_tags() | (nested if one is not origin else {})
-                name = one.name(made)
-                run = there.get(one.key) or self._create(one, tags=own, name=name)
-                self._retag(run, own, name)
+                run = parent if one is origin else there[one.key]
+                self._retag(run, tags_of.get(one.key, tags), one.name(made))
                 if run.info.status != "FINISHED":
                     names = {point.metric for point in points}
                     self._complete(run, one, points, self._logged(run, names), "FINISHED")
         return run_id
+
+    def _nested(self, run_id: str) -> "dict[str, Run]":
+        """Return the runs within a run by key; of doubles the oldest, the others are deleted."""
+        found: dict[str, Run] = {}
+        for run in _oldest_first(self.search(f"tags.`{PARENT_TAG}` = '{run_id}'")):
+            if found.setdefault(run.data.tags[KEY_TAG], run) is not run:
+                self.delete(run)
+        return found
 
     def delete(self, run: "Run") -> None:
         """Delete a run and the models that were logged from it, as MLflow deletes: not for good."""
@@ -288,6 +297,11 @@ class Runs:
         """Return the id of the run that made a checkpoint; None if there is none."""
         found = _oldest_first(self.search(f"tags.`{WEIGHTS_TAG}` = '{sha256}'"))
         return found[0].info.run_id if found else None
+
+    def within(self, run_ids: Iterable[str]) -> list[str]:
+        """Return the ids of the runs within runs."""
+        queries = [f"tags.`{PARENT_TAG}` = '{run_id}'" for run_id in run_ids]
+        return [run.info.run_id for query in queries for run in self.search(query)]
 
     def logged_models(self, run_ids: Iterable[str]) -> list[str]:
         """Return the ids of the models that were logged from runs."""

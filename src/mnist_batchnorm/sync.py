@@ -6,6 +6,7 @@ interrupted are completed from ``reports/`` and ``models/``, and its model regis
 """
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -15,11 +16,20 @@ import click
 from mnist_batchnorm.address import without_password
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import hashes, write_json
-from mnist_batchnorm.layout import MODELS, REGISTRY, SEEDS, SYNCED, TEST_SPLIT, VARIANTS, repository
+from mnist_batchnorm.layout import (
+    LOCK_FILE,
+    MODELS,
+    REGISTRY,
+    SEEDS,
+    SYNCED,
+    TEST_SPLIT,
+    VARIANTS,
+    repository,
+)
 from mnist_batchnorm.synced import Held, remember, remembered, state_of, still_there, told_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -27,7 +37,7 @@ if TYPE_CHECKING:
     from mnist_batchnorm.outcomes import Outcome, SeedsOutcome
     from mnist_batchnorm.store import Runs
 
-PULL = "`dvc pull --all-commits` fetches what a remote has"
+FETCH = "`dvc fetch --all-commits` gets what a remote has"
 EXAMPLES = 3  # test images in the models' input example
 
 
@@ -86,7 +96,9 @@ def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]
     from mnist_batchnorm.store import Runs
 
     experiment = load_params().sync.experiment
-    outcomes, seeds = read_workspace()
+    outcomes, seeds, lack = read_workspace()
+    if lack:
+        click.echo(f"the trainings alone: {lack}", err=True)
 
     # what is done is not done again, so once more is all that a server's hiccup needs
     @retry(stop=stop_after_attempt(2), wait=wait_fixed(0.5), reraise=True)
@@ -101,11 +113,22 @@ def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]
     runs, older, ids, aliases = attempt()
     lines = [f"{name}: MLflow run {run_id}" for name, run_id in ids.items()]
     for name, of in aliases.items():
-        told = ", ".join(f"{alias} is version {version}" for alias, version in of.items())
-        lines.append(f"{name}: {told or 'nothing registered'}")
+        says = ", ".join(f"{alias} is version {version}" for alias, version in of.items())
+        lines.append(f"{name}: {says or 'nothing registered'}")
     lines.append(f"compare them: {charts(runs)}")
-    models = runs.logged_models(ids.values())
-    return Held(state, [*ids.values(), *older], models, aliases), lines
+    told = [*dict.fromkeys([*ids.values(), *older])]
+    models = runs.logged_models(told)
+    folders = [root / "mlartifacts" / name for name in (*told, *(f"models/{m}" for m in models))]
+    held = Held(
+        state,
+        told,
+        runs.within(told),
+        models,
+        aliases,
+        [str(folder) for folder in folders if folder.is_dir()],
+        sorted(map(str, runs.history.lacking)),
+    )
+    return held, lines
 
 
 def show_registry() -> None:
@@ -121,8 +144,24 @@ def show_registry() -> None:
         click.echo("MLflow does not show this yet; `mnist-bn sync` does it later", err=True)
 
 
-def read_workspace() -> "tuple[Sequence[Outcome], SeedsOutcome | None]":
+def read_workspace() -> "tuple[Sequence[Outcome], SeedsOutcome | None, UserError | None]":
+    """Read the results in the current folder as `read_results` does, as those of a working copy.
+
+    Raises:
+        UserError: There are no trainings.
+    """
+    try:
+        return read_results()
+    except UserError as error:
+        pull = "; or `dvc pull`, if a remote has the results" if LOCK_FILE.is_file() else ""
+        raise UserError(f"{error}{pull}") from None
+
+
+def read_results() -> "tuple[Sequence[Outcome], SeedsOutcome | None, UserError | None]":
     """Read the results in the current folder; where a later stage has not run, the trainings alone.
+
+    Returns:
+        The networks, the runs over seeds, and why it is the trainings alone.
 
     Raises:
         UserError: There are no trainings.
@@ -130,11 +169,9 @@ def read_workspace() -> "tuple[Sequence[Outcome], SeedsOutcome | None]":
     from mnist_batchnorm.outcomes import read_outcomes, read_trainings
 
     try:
-        return read_outcomes()
-    except UserError as error:
-        trainings = read_trainings()
-        click.echo(f"the trainings alone: {error}", err=True)
-        return trainings, None
+        return *read_outcomes(), None
+    except UserError as lack:
+        return read_trainings(), None, lack
 
 
 def sync_history(runs: "Runs") -> list[str]:
@@ -152,18 +189,39 @@ def sync_history(runs: "Runs") -> list[str]:
 
 def sync_commit(runs: "Runs", commit: str) -> list[str]:
     """Bring the runs of a commit's results to MLflow; say so where they cannot be had."""
-    from mnist_batchnorm.outcomes import read_outcomes
-
+    what = runs.history.describe(commit)
     missing: list[str] = []
     try:
-        with runs.history.checked_out(commit) as (folder, missing), contextlib.chdir(folder):
-            ids = sync_runs(runs, *read_outcomes())
+        with (
+            runs.history.checked_out(commit) as (folder, missing),
+            contextlib.chdir(folder),
+            outside_experiments(),
+        ):
+            outcomes, seeds, lack = read_results()
+            ids = sync_runs(runs, outcomes, seeds)
     except UserError as error:
-        lacks = f"; DVC's cache lacks {', '.join(missing)}: {PULL}" if missing else ""
-        click.echo(f"left out {runs.history.describe(commit)}: {error}{lacks}", err=True)
+        click.echo(f"left out {what}: {error}{where(missing)}", err=True)
         return []
-    click.echo(f"{runs.history.describe(commit)}: {', '.join(ids.values())}", err=True)
+    if lack:
+        click.echo(f"the trainings alone of {what}: {lack}{where(missing)}", err=True)
+    click.echo(f"{what}: {', '.join(ids.values())}", err=True)
     return list(ids.values())
+
+
+def where(missing: "Sequence[str]") -> str:
+    """Say where the files may be had that DVC's cache lacks."""
+    return f"; DVC's cache lacks {', '.join(missing)}: {FETCH}" if missing else ""
+
+
+@contextlib.contextmanager
+def outside_experiments() -> "Iterator[None]":
+    """Forget that a DVC experiment runs: what a commit holds did not come of it."""
+    names = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def sync_runs(
@@ -235,7 +293,7 @@ def sync_registry(runs: "Runs") -> dict[str, dict[str, str]]:
         if lost:
             click.echo(
                 f"version {version.version} of {', '.join(lost)} is not shown: its file is neither "
-                f"in models/ nor in DVC's cache; {PULL}",
+                f"in models/ nor in DVC's cache; {FETCH}",
                 err=True,
             )
         elif not runs.of_weights(version.weights_sha256):

@@ -10,6 +10,7 @@ import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,20 @@ class Held:
     Attributes:
         state: of the files, as `state_of` says it.
         runs: their ids.
+        seeds: the ids of the runs within them.
         models: the ids of the logged models.
         aliases: version of each alias of each registered model.
+        folders: where the files of these runs and models are, if that is on this machine.
+        lacking: files that DVC's cache lacked; what they are of was left out.
     """
 
     state: str
     runs: Sequence[str]
+    seeds: Sequence[str]
     models: Sequence[str]
     aliases: Mapping[str, Mapping[str, str]]
+    folders: Sequence[str]
+    lacking: Sequence[str]
 
 
 def state_of(root: Path, everything: bool) -> str:
@@ -83,8 +90,7 @@ def lock_of_others() -> list[str]:
 def remembered(root: Path, everything: bool) -> Held | None:
     """Return what the note says was brought to the present store."""
     try:
-        held = json.loads(_note(root).read_text())[_entry(root, everything)]
-        return Held(held["state"], held["runs"], held["models"], held["aliases"])
+        return Held(**json.loads(_note(root).read_text())[_entry(root, everything)])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -95,17 +101,23 @@ def remember(root: Path, everything: bool, held: Held) -> None:
         notes = json.loads(_note(root).read_text())
     except (OSError, ValueError):
         notes = {}
+    if not isinstance(notes, dict):
+        notes = {}
     write_json(_note(root), {**notes, _entry(root, everything): asdict(held)})
 
 
 def still_there(root: Path, held: Held) -> bool:
-    """Tell whether the store shows what was brought to it; if it cannot be seen quickly, no."""
+    """Tell whether the store shows what was brought to it; if it cannot be seen quickly, no.
+
+    Nor if what was left out could be brought now.
+    """
+    lost = not all(Path(path).is_dir() for path in held.folders)
+    if lost or any(Path(path).exists() for path in held.lacking):
+        return False
     uri = tracking_uri(root)
     try:
         if uri.startswith("sqlite:///"):
-            return _in_database(Path(uri.removeprefix("sqlite:///")), held) and all(
-                (root / "mlartifacts" / run).is_dir() for run in held.runs
-            )
+            return _in_database(Path(uri.removeprefix("sqlite:///")), held)
         if uri.startswith(("http:", "https:")):
             return _on_server(uri.rstrip("/"), held)
     except (OSError, sqlite3.Error, ValueError, KeyError, TypeError):
@@ -135,7 +147,7 @@ def _in_database(path: Path, held: Held) -> bool:
         aliases = select("SELECT name, alias, version FROM registered_model_aliases")
     wanted = {(n, a, int(v)) for n, of in held.aliases.items() for a, v in of.items()}
     return (
-        set(held.runs) <= {run for (run,) in runs}
+        {*held.runs, *held.seeds} <= {run for (run,) in runs}
         and set(held.models) <= {model for (model,) in models}
         and wanted == {alias for alias in aliases if alias[0] in held.aliases}
     )
@@ -152,19 +164,21 @@ def _on_server(uri: str, held: Held) -> bool:
 
         def get(path: str, **query: str) -> Any:
             answer = session.get(f"{uri}/api/2.0/mlflow/{path}", params=query, timeout=TIMEOUT)
+            if answer.status_code == HTTPStatus.NOT_FOUND:
+                return {}
             answer.raise_for_status()
             return answer.json()
 
-        for run_id in held.runs:
+        for run_id in [*held.runs, *held.seeds]:
             run = get("runs/get", run_id=run_id)["run"]["info"]
             if (run["lifecycle_stage"], run["status"]) != ("active", "FINISHED"):
                 return False
         for model_id in held.models:
-            get(f"logged-models/{model_id}")
+            if not get(f"logged-models/{model_id}"):
+                return False
         for name, wanted in held.aliases.items():
-            if not wanted:  # nor is there a model of that name
-                continue
-            model = get("registered-models/get", name=name)["registered_model"]
+            # if nothing is registered there need be no model of that name
+            model = get("registered-models/get", name=name).get("registered_model", {})
             if {a["alias"]: a["version"] for a in model.get("aliases", ())} != wanted:
                 return False
     return True

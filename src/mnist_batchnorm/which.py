@@ -9,11 +9,12 @@ import click
 
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.history import History, stages_of
+from mnist_batchnorm.history import History, md5_of, stages_of
 from mnist_batchnorm.layout import (
     DVC_FILE,
     LOCK_FILE,
     PARAMS_FILE,
+    PREPARED,
     REGISTERED,
     REGISTRY,
     WEIGHTS_KEY,
@@ -50,16 +51,16 @@ def find_source(history: History, md5: str) -> Source | None:
     if made.recorded and made.commit:
         stages = history.lock(made.commit)
     else:
-        stages = stages_of(LOCK_FILE.read_text()) if LOCK_FILE.is_file() else {}
+        stages = stages_of(LOCK_FILE.read_text(errors="replace")) if LOCK_FILE.is_file() else {}
     for name, stage in stages.items():
-        for out in stage.get("outs", ()):
-            if out.get("md5") != md5:
+        for path, of_out in md5_of(stage, "outs").items():
+            if of_out != md5:
                 continue
             deps = {
-                dep["path"]: dep["md5"]
+                dep: of_dep
                 for of in stages.values()
-                for dep in of.get("deps", ())
-                if dep["path"].startswith("data/prepared/")
+                for dep, of_dep in md5_of(of, "deps").items()
+                if dep.startswith(f"{PREPARED.as_posix()}/")
             }
             params = {
                 section: values
@@ -69,7 +70,7 @@ def find_source(history: History, md5: str) -> Source | None:
             }  # fmt: skip
             recorded = made.commit if made.recorded else None
             subject = history.describe(recorded) if recorded else None
-            return Source(name, out["path"], recorded, subject, made.experiments, params, deps)
+            return Source(name, path, recorded, subject, made.experiments, params, deps)
     return None
 
 
@@ -93,8 +94,6 @@ def find_versions(sha256: str) -> list[dict[str, Any]]:
 
 def weights_of(path: Path) -> str | None:
     """Return the SHA-256 of the checkpoint that an ONNX file says it was made from."""
-    if path.suffix != ".onnx":
-        return None
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -105,13 +104,15 @@ def weights_of(path: Path) -> str | None:
     return {entry.key: entry.value for entry in model.metadata_props}.get(WEIGHTS_KEY)
 
 
-def find_run(weights_sha256: str) -> str | None:
-    """Return the id of the run that made a checkpoint; None if MLflow has none."""
+def find_run(weights_sha256: str) -> dict[str, Any] | None:
+    """Return what `runs` says of the run that made a checkpoint; None if MLflow has none."""
+    from mnist_batchnorm import runs as tool
     from mnist_batchnorm.params import load_params
     from mnist_batchnorm.store import opened
 
     with opened(load_params().sync.experiment, repository()) as runs:
-        return runs.of_weights(weights_sha256)
+        run_id = runs.of_weights(weights_sha256)
+        return tool.describe(runs.client.get_run(run_id)) if run_id else None
 
 
 @click.command()
@@ -133,25 +134,29 @@ def command(file: Path, as_json: bool) -> None:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     source = find_source(History(repository()), md5)
     versions = find_versions(sha256)
-    weights = weights_of(file) or (None if file.suffix == ".onnx" else sha256)
+    # a copy may be called anything
+    kind = Path(source.path).suffix if source else ".onnx" if versions else file.suffix
+    weights = weights_of(file) if kind == ".onnx" else sha256 if kind == ".safetensors" else None
     try:
-        run_id = find_run(weights) if weights and (source or versions) else None
+        run = find_run(weights) if weights else None
         trouble = None
     except UserError as error:
-        run_id, trouble = None, str(error)
+        run, trouble = None, str(error)
     found = {
         "sha256": sha256,
         "weights_sha256": weights,
-        "run_id": run_id,
+        "run_id": run and run["run_id"],
+        "run": run,
         "source": asdict(source) if source else None,
         "registered": versions,
     }
     click.echo(json.dumps(found, indent=2) if as_json else describe(file, found))
     if trouble:
         click.echo(f"warning: {trouble}", err=True)
-    if not (source or versions):
+    if not (source or versions or (run and weights == sha256)):
+        of = f" of MLflow run {run['run_id']}, {run['name']}" if run else ""
         says = weights and weights != sha256
-        claim = f"; it says it was made from the weights {weights}" if says else ""
+        claim = f"; it says it was made from the weights {weights}{of}" if says else ""
         raise CheckFailedError(f"no commit, experiment or version here made {file}{claim}")
 
 
@@ -171,7 +176,8 @@ def describe(file: Path, found: dict[str, Any]) -> str:
             told = ", ".join(f"{name} {value}" for name, value in values.items())
             lines.append(f"  {section:<12} {told}")
         lines += [f"  data         {md5}  {path}" for path, md5 in source["data"].items()]
-    lines.append(f"  MLflow run   {found['run_id'] or 'none'}")
+    run = found["run"]
+    lines.append(f"  MLflow run   {run['run_id'] + ', ' + run['name'] if run else 'none'}")
     for one in found["registered"]:
         champion = ", champion" if one["champion"] else ""
         lines.append(f"  registered   {one['model']} version {one['version']}{champion}")
