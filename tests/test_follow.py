@@ -42,7 +42,7 @@ START = 1700000000000  # as `now` counts
 
 
 def begun(variant: str = "bn") -> bytes:
-    return message({"variant": variant, "device": "cpu", "time": START})
+    return message({"variant": variant, "device": "cpu", "params": "", "time": START})
 
 
 def ended(variant: str = "bn", status: str = "FINISHED") -> bytes:
@@ -215,6 +215,15 @@ def test_what_is_wrong_with_the_folder_is_said(
     (folder / "train.py").unlink()
     assert not follow(sent(begun() + ended()))
     assert "stage train depends on train.py" in capsys.readouterr().err
+
+
+def test_params_are_those_that_training_read(folder: Path, sent: Callable[[bytes], int]) -> None:
+    text = (folder / "params.yaml").read_text()
+    store.edit(folder / "params.yaml", "lr: 0.01", "lr: 0.77")  # while MLflow was imported
+    begin = {"variant": "bn", "device": "cpu", "params": text, "time": START}
+    assert follow(sent(message(begin) + epoch(1) + ended()))
+    (run,) = store.all_runs(folder)
+    assert run.data.params["train.lr"] == "0.01"
 
 
 def test_origin_is_that_of_the_start(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_batchnorm.layout import repository
 from mnist_batchnorm.origin import Origin
-from mnist_batchnorm.params import load_params
+from mnist_batchnorm.params import load_params, parse_params
 from mnist_batchnorm.store import Point, Runs, curve_points, warn
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Following:
         variant: ``bn`` or ``plain``.
         device: where it runs, as PyTorch writes it.
         start: when it began, as `now` counts.
+        params: the text of ``params.yaml`` then.
         curve: the learning curve so far.
         status: RUNNING, or how it ended.
         news: whether MLflow lacks some of this.
@@ -47,6 +48,7 @@ class Following:
     variant: str
     device: str
     start: int
+    params: str
     curve: list[Point] = field(default_factory=list)
     status: str = "RUNNING"
     news: bool = True
@@ -70,6 +72,11 @@ class Following:
             self.stop_monitor()
         elif self.monitor is None:
             self.monitor = system_monitor(runs, run_id)
+
+    def find_origin(self) -> Origin:
+        """Find what makes the run, with the parameters as they were when training began."""
+        params = parse_params(self.params) if self.params else None
+        return Origin.of_workspace(self.variant, self.device, params)
 
     def stop_monitor(self) -> None:
         """End the thread that measures the machine, if there is one."""
@@ -115,7 +122,7 @@ def follow(descriptor: int) -> bool:
         hear(followed, messages)
         try:
             for one in followed.values():
-                one.origin = one.origin or Origin.of_workspace(one.variant, one.device)
+                one.origin = one.origin or one.find_origin()
             for one in followed.values():
                 if one.news:
                     runs = runs or Runs.open(load_params().sync.experiment, root)
@@ -139,12 +146,13 @@ def hear(followed: dict[str, Following], messages: Iterable[Mapping[str, Any]] |
     for message in messages:
         variant = message["variant"]
         if "device" in message:
-            followed[variant] = Following(variant, message["device"], message["time"])
+            followed[variant] = Following(
+                variant, message["device"], message["time"], message["params"]
+            )
         else:
             followed[variant].hear(message)
 
 
 if __name__ == "__main__":
-    os.nice(10)  # training goes first where there is one core
     gc.disable()  # a fifth of the time that MLflow takes to import; see cli.py
     sys.exit(0 if follow(0) else 1)

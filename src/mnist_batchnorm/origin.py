@@ -28,7 +28,7 @@ from mnist_batchnorm.layout import (
     SPLITS,
     repository,
 )
-from mnist_batchnorm.params import PrepareParams, TrainParams, load_params
+from mnist_batchnorm.params import Params, PrepareParams, TrainParams, load_params
 from mnist_batchnorm.results import TrainMetrics, trained_on
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ BOTH = "both"  # in place of a variant
 KEY_TAG = "mnist_bn.key"
 WEIGHTS_TAG = "mnist_bn.weights_sha256"
 EXPERIMENT_TAG = "dvc.exp_name"
+USER_TAG = "mlflow.user"
 
 
 class Inputs(NamedTuple):
@@ -54,8 +55,12 @@ class Inputs(NamedTuple):
     train: TrainParams
 
     @classmethod
-    def of_workspace(cls, stage: str) -> "Inputs":
+    def of_workspace(cls, stage: str, params: Params | None = None) -> "Inputs":
         """Take them as they are in the current folder.
+
+        Args:
+            stage: as ``dvc.yaml`` calls it.
+            params: other ones than those of ``params.yaml``.
 
         Raises:
             UserError: ``dvc.yaml``, ``params.yaml`` or a dependency is missing or unusable.
@@ -75,7 +80,7 @@ class Inputs(NamedTuple):
                     f"{DVC_FILE}: stage {stage} depends on {path}, which cannot be read "
                     f"({error.strerror}); run `dvc repro {stage}`"
                 ) from None
-        params = load_params()
+        params = params or load_params()
         return cls(deps, params.prepare, params.train)
 
     @classmethod
@@ -142,17 +147,18 @@ class Origin:
     result: Result | None = field(default=None, kw_only=True)
 
     @classmethod
-    def of_workspace(cls, variant: str, device: str) -> "Origin":
+    def of_workspace(cls, variant: str, device: str, params: Params | None = None) -> "Origin":
         """Take the dependencies and params of stage train as they are in the current folder.
 
         Args:
             variant: ``bn`` or ``plain``.
             device: as PyTorch writes it; ``cuda:1`` counts as ``cuda``.
+            params: other ones than those of ``params.yaml``.
 
         Raises:
             UserError: ``dvc.yaml``, ``params.yaml`` or a dependency is missing or unusable.
         """
-        return cls(variant, device.partition(":")[0], *Inputs.of_workspace("train"))
+        return cls(variant, device.partition(":")[0], *Inputs.of_workspace("train", params))
 
     @classmethod
     def of_files(cls, variant: str, metrics: TrainMetrics) -> "Origin":
@@ -248,7 +254,7 @@ class Origin:
         if made.experiments:
             tags[EXPERIMENT_TAG] = ", ".join(made.experiments)
         with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-            tags["mlflow.user"] = getpass.getuser()
+            tags[USER_TAG] = getpass.getuser()
         return tags
 
     def dirty(self, made: Made) -> bool:

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping
 
 import click
 
-GRACE = 1.5  # seconds to deliver the rest once training has ended
+from mnist_batchnorm.layout import PARAMS_FILE
+
+GRACE = 0.5  # seconds to deliver the rest once training has ended
 
 
 class LiveRuns:
@@ -27,6 +29,7 @@ class LiveRuns:
         self._pipe = child.stdin.fileno()
         self._unsent = b""
         self._running: list[str] = []
+        self._params = _params()
         os.set_blocking(self._pipe, False)
 
     def begin(self, variant: str, device: str) -> None:
@@ -37,7 +40,7 @@ class LiveRuns:
             device: where it runs, as PyTorch writes it: ``cpu``, ``cuda:0``.
         """
         self._running.append(variant)
-        self._send({"variant": variant, "device": device, "time": _now()})
+        self._send({"variant": variant, "device": device, "params": self._params, "time": _now()})
 
     def log_epoch(self, variant: str, row: Mapping[str, float]) -> None:
         """Hand over one row of a learning curve."""
@@ -95,6 +98,7 @@ class Untracked(LiveRuns):
 
     def __init__(self) -> None:
         self._running = []
+        self._params = ""
 
     def close(self, status: str, grace: float) -> bool:
         """Do nothing."""
@@ -102,6 +106,14 @@ class Untracked(LiveRuns):
 
     def _send(self, message: Mapping[str, object]) -> None:
         pass
+
+
+def _params() -> str:
+    """Return what params.yaml says now: it may be edited before the child has come to read it."""
+    try:
+        return PARAMS_FILE.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # which training itself will say
+        return ""
 
 
 def _now() -> int:
