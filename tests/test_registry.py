@@ -11,7 +11,8 @@ from mnist_batchnorm import regress
 from mnist_batchnorm.address import tracking_uri
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import CHECKPOINT, MODELS, REGISTERED
+from mnist_batchnorm.layout import CHECKPOINT, MODELS, REGISTERED, REGISTRY
+from mnist_batchnorm.ledger import Ledger
 from mnist_batchnorm.params import Params
 from tests import services, store
 from tests.candidates import ALIKE, FLOOR, GOOD, WORSE, demand, shifted
@@ -144,6 +145,52 @@ def test_lost_store_is_made_again(
     done = mnist_bn("sync")
     assert (done.status, done.err) == (0, "")
     assert store.shown(again) == before
+
+
+def test_version_that_cannot_be_loaded_is_replaced(folder: Path, mnist_bn: MnistBn) -> None:
+    import mlflow
+
+    client = store.client(folder)
+    (version,) = client.search_model_versions("name = 'mnist-bn' AND tags.`mnist_bn.version` = '3'")
+    client.delete_logged_model(version.source.removeprefix("models:/"))
+    assert mnist_bn("sync").err == ""
+    mlflow.set_tracking_uri(tracking_uri(folder))
+    assert mlflow.pyfunc.load_model("models:/mnist-bn@champion")
+    assert mnist_bn("sync").out == "MLflow has all of it\n"
+
+
+def test_older_ledger_does_not_move_the_champion(folder: Path, mnist_bn: MnistBn) -> None:
+    ledger = (folder / REGISTRY).read_bytes()
+    assert mnist_bn("rollback").status == 0
+    (folder / REGISTRY).write_bytes(ledger)  # an old checkout, or a clone that lags behind
+    done = mnist_bn("sync")
+    assert done.status == 0
+    assert "mnist-bn: MLflow shows the champion of another history" in done.err
+    assert {of["champion"] for of in store.aliases(folder).values()} == {1}
+    assert mnist_bn("promote", "2", "--override", "a person decides").status == 0
+    assert {of["champion"] for of in store.aliases(folder).values()} == {2}
+
+
+def test_bytes_that_are_not_the_ledgers_are_not_shown(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = Ledger.load(REGISTRY).versions[0]
+    md5 = version.files["mnist-bn"].md5
+    cached = folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    cached.write_bytes((MODELS / "bn-folded.onnx").read_bytes())
+    (folder / "mlflow.db").rename(folder / "another.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///fresh.db")
+    done = mnist_bn("sync")
+    assert "version 1 of mnist-bn is not shown: its file is neither" in done.err
+    found = store.client(folder).search_model_versions("name = 'mnist-bn'")
+    assert {one.tags["mnist_bn.version"] for one in found} == {"2", "3"}
+
+
+def test_deleted_experiment_is_restored(folder: Path, mnist_bn: MnistBn) -> None:
+    client = store.client(folder)
+    client.delete_experiment(store.all_runs(folder)[0].info.experiment_id)
+    assert mnist_bn("sync").err == ""
+    assert len(store.all_runs(folder)) > 2
 
 
 def test_version_whose_file_is_lost_is_named(folder: Path, mnist_bn: MnistBn) -> None:

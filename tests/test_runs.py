@@ -104,6 +104,11 @@ def test_store_without_runs_says_how_to_get_some(
     store.use_settings(monkeypatch)
     (project / "mlflow.db").write_bytes(store.empty_database())
     done = mnist_bn("runs")
+    assert done.status == 2
+    assert "no run has been tracked yet; run `dvc repro sync` first" in done.err
+    assert store.client(project).get_experiment_by_name("mnist-batchnorm") is None  # it only reads
+    store.client(project).create_experiment("mnist-batchnorm")
+    done = mnist_bn("runs")
     assert (done.status, done.err) == (0, "")
     assert done.out == (
         f"no runs in sqlite:///{project}/mlflow.db; `mnist-bn sync` tells MLflow of them\n"

@@ -395,8 +395,11 @@ def test_bad_server_is_a_warning(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         done = mnist_bn("sync")
-    assert time.monotonic() - start < 6
+        required = mnist_bn("sync", "--require")
+    assert time.monotonic() - start < 12
     assert (done.status, done.out) == (0, "")
+    assert required.status == 1
+    assert required.err.endswith("FAILED: MLflow does not have all of it\n")
     assert record(folder) == expected
     warning, advice = done.err.splitlines()
     assert warning.startswith(f"warning: MLflow at {uri}: ")

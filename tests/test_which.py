@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY
-from mnist_batchnorm.ledger import Decision, Hashes, Ledger, Measured, PromotedByRules
+from mnist_batchnorm.ledger import Decision, Hashes, Ledger, Measured, PromotedByRules, Rule
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.store import Runs
 from tests import recorded, store
@@ -148,7 +148,8 @@ def test_registered_version_is_named(changed: Path, mnist_bn: MnistBn) -> None:
         files=files,
         errors=dict.fromkeys(files, ()),
     )
-    ledger = Ledger().with_version(measured, Decision(outcome="promoted", rules={}))
+    proven = {"parity": Rule(passed=True, says="computes what it should", numbers={})}
+    ledger = Ledger().with_version(measured, Decision(outcome="promoted", rules=proven))
     ledger.with_event(PromotedByRules(version=1)).save(REGISTRY)
     assert (
         "  registered   mnist-bn-folded version 1, champion\n"

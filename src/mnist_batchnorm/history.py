@@ -99,7 +99,7 @@ class History:
 
     def first_commit(self, md5: str) -> str | None:
         """Return the oldest commit, experiments aside, whose ``dvc.lock`` names a file."""
-        if self.head is None:
+        if self.head is None or self._shallow:
             return None
         found = self._git(
             # with what a merge dropped, and what it made itself
@@ -108,6 +108,11 @@ class History:
             *("HEAD", *PUBLISHED, "--", str(LOCK_FILE)),
         )
         return found.split()[0] if found else None
+
+    @functools.cached_property
+    def _shallow(self) -> bool:
+        """Whether the clone lacks older commits, so that none can be called the first."""
+        return (self._git("rev-parse", "--is-shallow-repository") or "").strip() == "true"
 
     def experiments_with(self, md5: str) -> list[Experiment]:
         """Return the experiments whose ``dvc.lock`` names a file, the oldest first."""
@@ -118,8 +123,8 @@ class History:
         having = {line.partition(":")[0] for line in found.splitlines()}
         return [one for one in self.experiments if one.commit in having]
 
-    def results(self, of: Sequence[Path]) -> list[str]:
-        """Return the newest commit, or experiment, with each distinct set of results.
+    def results(self, of: Sequence[Path]) -> list[list[str]]:
+        """Return the commits and experiments with each distinct set of results, the newest first.
 
         Args:
             of: outs whose MD5 in ``dvc.lock`` tell one set from another.
@@ -128,15 +133,14 @@ class History:
             return []
         order = ("rev-list", "--full-history", "--reverse", "--topo-order")
         listed = self._git(*order, "HEAD", *PUBLISHED, "--", str(LOCK_FILE), str(REPORTS)) or ""
-        newest: dict[tuple[str | None, ...], str] = {}
+        found: dict[tuple[str | None, ...], list[str]] = {}
         for commit in [*listed.split(), *(one.commit for one in self.experiments)]:
             lock = self._git("show", f"{commit}:./{LOCK_FILE}") or ""
             md5 = dict(MD5_IN_LOCK.findall(lock))
             identity = tuple(md5.get(path.as_posix()) for path in of)
-            newest.pop(identity, None)
             if any(identity):
-                newest[identity] = commit
-        return list(newest.values())
+                found[identity] = [commit, *found.pop(identity, [])]
+        return list(found.values())
 
     def lock(self, commit: str) -> dict[str, Any]:
         """Return the stages of the ``dvc.lock`` of a commit; empty where it is not usable."""

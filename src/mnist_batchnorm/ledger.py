@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import write_text
+from mnist_batchnorm.files import fingerprint, write_text
 from mnist_batchnorm.layout import REGISTERED
 
 LOCK = ".registry.lock"  # beside the ledger; git ignores it
@@ -251,6 +251,15 @@ class Ledger(Entry):
     def find(self, files: Mapping[str, Hashes]) -> Version | None:
         """Return the version that consists of these files, if there is one."""
         return next((version for version in self.versions if version.files == files), None)
+
+    def marks(self) -> list[str]:
+        """Return a hash of the history after each event: equal marks are equal histories."""
+        marks, last = [], ""
+        for event in self.events:
+            files = self.versions[event.version - 1].model_dump(include={"files"})
+            last = fingerprint({"before": last, "event": event.model_dump(), **files})
+            marks.append(last)
+        return marks
 
     def was_rolled_back(self, number: int) -> bool:
         """Tell whether anybody has ever rolled this version back."""

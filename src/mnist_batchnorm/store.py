@@ -18,7 +18,14 @@ from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import fingerprint, replacing
 from mnist_batchnorm.history import History
 from mnist_batchnorm.layout import repository
-from mnist_batchnorm.origin import EXPERIMENT_TAG, KEY_TAG, WEIGHTS_TAG, Origin, SeedsOrigin
+from mnist_batchnorm.origin import (
+    EXPERIMENT_TAG,
+    KEY_TAG,
+    USER_TAG,
+    WEIGHTS_TAG,
+    Origin,
+    SeedsOrigin,
+)
 from mnist_batchnorm.results import CURVE_COLUMNS
 
 if TYPE_CHECKING:
@@ -103,10 +110,18 @@ class Runs:
         self.history = History(repository())
 
     @classmethod
-    def open(cls, experiment: str, root: Path) -> "Runs":
+    def open(cls, experiment: str, root: Path, *, create: bool = True) -> "Runs":
         """Connect to the store, creating a SQLite database and the experiment where missing.
 
+        An experiment that was deleted is restored: MLflow keeps its name from any other.
+
+        Args:
+            experiment: its name.
+            root: the repository.
+            create: whether to; otherwise it must be there.
+
         Raises:
+            UserError: It is not there.
             Exception: whatever MLflow or a plug-in of its raises for a store that is not usable.
         """
         for name, value in ENVIRONMENT.items():
@@ -121,13 +136,23 @@ class Runs:
         mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
         uri = tracking_uri(root)
         artifacts = (root / "mlartifacts").as_uri()
-        lock = FileLock(root / "mlflow.db.lock", timeout=LOCK_TIMEOUT)
+        local = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        # beside the database, for all who use it
+        beside = local or root / "mlflow.db"
+        lock = FileLock(beside.with_name(f"{beside.name}.lock"), timeout=LOCK_TIMEOUT)
         with lock:
-            if uri.startswith("sqlite:///"):
-                _create_database(Path(uri.removeprefix("sqlite:///")), artifacts)
+            if local:
+                _create_database(local, artifacts)
             # MLflow's default for the second is whatever this process used last
             client = MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
             found = client.get_experiment_by_name(experiment)
+            if not (found or create):
+                raise UserError(
+                    f"no experiment {experiment!r} in MLflow at {without_password(uri)}: no run "
+                    "has been tracked yet; run `dvc repro sync` first"
+                )
+            if found and found.lifecycle_stage == "deleted":
+                client.restore_experiment(found.experiment_id)
             experiment_id = (
                 found.experiment_id
                 if found
@@ -146,7 +171,8 @@ class Runs:
 
         A run with the same key is taken up if its points and weights do not contradict these; a
         machine that computes other numbers from the same inputs gets a run of its own. What is
-        there already is not logged again, and a finished run stays finished.
+        there already is not logged again, and a finished run stays finished. Once the result is
+        known, further runs that hold nothing else are deleted.
 
         Args:
             origin: what made the run.
@@ -223,7 +249,8 @@ class Runs:
         """Return the runs within a run by key; of doubles the oldest, the others are deleted."""
         found: dict[str, Run] = {}
         for run in _oldest_first(self.search(f"tags.`{PARENT_TAG}` = '{run_id}'")):
-            if found.setdefault(run.data.tags[KEY_TAG], run) is not run:
+            key = run.data.tags.get(KEY_TAG)  # none: somebody's own run, put there by hand
+            if key and found.setdefault(key, run) is not run:
                 self.delete(run)
         return found
 
@@ -249,8 +276,10 @@ class Runs:
             for name, value in origin.logged_params().items()
             if name not in run.data.params
         ]
+        # of a result the time is the run's: what two machines log at once MLflow then takes as one
+        time_of_all = run.info.start_time if origin.result else None
         missing = [
-            Metric(p.metric, p.value, p.time, p.step)
+            Metric(p.metric, p.value, time_of_all or p.time, p.step)
             for p in points
             if (p.metric, p.step) not in logged
         ]
@@ -268,16 +297,26 @@ class Runs:
                 self.client.update_run(run_id, status)
 
     def _retag(self, run: "Run", tags: Mapping[str, str], name: str) -> None:
-        """Bring tags and name up to date: a result may since have been committed."""
+        """Bring tags and name up to date: a result may since have been committed.
+
+        Another clone may know experiments that are not in this one, and who ran it stays said.
+        """
         from mlflow.entities import RunTag
 
         run_id, there = run.info.run_id, run.data.tags
-        stale = [tag for tag in tags.items() if tag not in there.items()]
+        wanted = dict(tags)
+        if EXPERIMENT_TAG in there:
+            known = {
+                *there[EXPERIMENT_TAG].split(", "),
+                *wanted.get(EXPERIMENT_TAG, "").split(", "),
+            }
+            wanted[EXPERIMENT_TAG] = ", ".join(sorted(known - {""}))
+        if USER_TAG in there:
+            wanted.pop(USER_TAG, None)
+        stale = [tag for tag in wanted.items() if tag not in there.items()]
         if stale:
             self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in stale])
-        if EXPERIMENT_TAG in there and EXPERIMENT_TAG not in tags:
-            self.client.delete_tag(run_id, EXPERIMENT_TAG)  # the experiment was removed
-        if run.info.run_name != name:
+        if run.info.run_name != name and (EXPERIMENT_TAG in tags or EXPERIMENT_TAG not in there):
             self.client.update_run(run_id, name=name)
 
     def search(self, query: str) -> "list[Run]":
@@ -305,9 +344,14 @@ class Runs:
 
     def logged_models(self, run_ids: Iterable[str]) -> list[str]:
         """Return the ids of the models that were logged from runs."""
-        wanted = set(run_ids)
-        found = self.client.search_logged_models([self.experiment_id])
-        return [model.model_id for model in found if model.source_run_id in wanted]
+        wanted, token = set(run_ids), None
+        found: list[str] = []
+        while True:
+            page = self.client.search_logged_models([self.experiment_id], page_token=token)
+            found += [model.model_id for model in page if model.source_run_id in wanted]
+            token = page.token
+            if not token:
+                return found
 
     def _find(self, origin: Origin, curve: Sequence[Point]) -> "list[tuple[Run, Logged]]":
         """Return the runs of this result: same key, and nothing that contradicts it.
@@ -381,7 +425,9 @@ def opened(experiment: str, root: Path) -> Iterator[Runs]:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"no run has been tracked yet: no {uri}; run `dvc repro sync` first")
     try:
-        yield Runs.open(experiment, root)
+        yield Runs.open(experiment, root, create=False)
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
         raise UserError(trouble(error, root)) from None
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import click
 
 from mnist_batchnorm.address import without_password
-from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import hashes, write_json
 from mnist_batchnorm.layout import (
     LOCK_FILE,
@@ -48,11 +48,13 @@ EXAMPLES = 3  # test images in the models' input example
     is_flag=True,
     help="Also what every commit and DVC experiment holds whose outputs are in DVC's cache.",
 )
-def command(everything: bool) -> None:
+@click.option("--require", is_flag=True, help="Fail unless MLflow has all of it afterwards.")
+def command(everything: bool, require: bool) -> None:
     """Bring MLflow to the state of the files.
 
     Completes runs, their artefacts, and the model registry. A store that cannot be reached is worth
-    a warning, not a failed pipeline: nothing is lost, the same command goes on later.
+    a warning, not a failed pipeline: nothing is lost, the same command goes on later. Exit status:
+    0 done or warned; 1 with --require, MLflow does not have all of it; 2 there is nothing to tell.
     """
     root = repository()
     record = {"files": hashes([path for path in told_of() if path != REGISTRY])}
@@ -61,8 +63,11 @@ def command(everything: bool) -> None:
     if held and held.state == state and still_there(root, held):
         click.echo("MLflow has all of it")
     else:
-        for line in _bring(root, everything, state):
+        lines = _bring(root, everything, state)
+        for line in lines:
             click.echo(line)
+        if require and not lines:
+            raise CheckFailedError("MLflow does not have all of it")
     # DVC's out, about what was to be told: the same whether the store could be reached or not
     write_json(SYNCED, record)
 
@@ -73,7 +78,7 @@ def in_repository(root: Path) -> bool:
 
 
 def _bring(root: Path, everything: bool, state: str) -> list[str]:
-    """Return what there is to say about it."""
+    """Return what there is to say about it; nothing where the store failed."""
     from mnist_batchnorm.store import warn
 
     try:
@@ -114,7 +119,7 @@ def _complete(root: Path, everything: bool, state: str) -> tuple[Held, list[str]
     lines = [f"{name}: MLflow run {run_id}" for name, run_id in ids.items()]
     for name, of in aliases.items():
         says = ", ".join(f"{alias} is version {version}" for alias, version in of.items())
-        lines.append(f"{name}: {says or 'nothing registered'}")
+        lines.append(f"{name}, as MLflow counts: {says}" if says else f"{name}: nothing registered")
     lines.append(f"compare them: {charts(runs)}")
     told = [*dict.fromkeys([*ids.values(), *older])]
     models = runs.logged_models(told)
@@ -138,7 +143,7 @@ def show_registry() -> None:
 
     root = repository()
     try:
-        sync_registry(Runs.open(load_params().sync.experiment, root))
+        sync_registry(Runs.open(load_params().sync.experiment, root), by_hand=True)
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
         warn(error, root)
         click.echo("MLflow does not show this yet; `mnist-bn sync` does it later", err=True)
@@ -182,13 +187,28 @@ def sync_history(runs: "Runs") -> list[str]:
     """
     outs = [*(MODELS / f"{variant}.safetensors" for variant in VARIANTS), SEEDS]
     found: list[str] = []
-    for commit in runs.history.results(outs):
-        found += sync_commit(runs, commit)
+    for commits in runs.history.results(outs):
+        for commit in commits:
+            if ids := sync_commit(runs, commit, partly=False):
+                break
+        else:
+            ids = sync_commit(runs, commits[0])
+        found += ids
     return found
 
 
-def sync_commit(runs: "Runs", commit: str) -> list[str]:
-    """Bring the runs of a commit's results to MLflow; say so where they cannot be had."""
+def sync_commit(runs: "Runs", commit: str, *, partly: bool = True) -> list[str]:
+    """Bring the runs of a commit's results to MLflow.
+
+    Args:
+        runs: where.
+        commit: whose.
+        partly: whether the trainings alone will do, where the rest cannot be had; if nothing can,
+            that is said.
+
+    Returns:
+        The ids of the runs.
+    """
     what = runs.history.describe(commit)
     missing: list[str] = []
     try:
@@ -198,8 +218,12 @@ def sync_commit(runs: "Runs", commit: str) -> list[str]:
             outside_experiments(),
         ):
             outcomes, seeds, lack = read_results()
+            if lack and not partly:
+                return []
             ids = sync_runs(runs, outcomes, seeds)
     except UserError as error:
+        if not partly:
+            return []
         click.echo(f"left out {what}: {error}{where(missing)}", err=True)
         return []
     if lack:
@@ -247,9 +271,11 @@ def sync_run(runs: "Runs", outcome: "Outcome") -> str:
 
     with runs.lock:
         run_id = runs.record(outcome.origin, outcome.curve, "FINISHED")
-        data = runs.client.get_run(run_id).data
+        run = runs.client.get_run(run_id)
+        data, start = run.data, run.info.start_time
         metrics = [
-            Metric(name, value, now(), step=0)
+            # the first at a time that two machines at once agree on; a new value has to be later
+            Metric(name, value, now() if name in data.metrics else start, step=0)
             for name, value in outcome.metrics.items()
             if data.metrics.get(name) != value
         ]
@@ -278,8 +304,12 @@ def sync_seeds(runs: "Runs", outcome: "SeedsOutcome") -> str:
     return run_id
 
 
-def sync_registry(runs: "Runs") -> dict[str, dict[str, str]]:
+def sync_registry(runs: "Runs", *, by_hand: bool = False) -> dict[str, dict[str, str]]:
     """Make MLflow's model registry show what ``models/registry.json`` says.
+
+    Args:
+        runs: where.
+        by_hand: whether a person moves the champion now, so that this ledger counts.
 
     Returns:
         The version of each alias of each model.
@@ -301,7 +331,8 @@ def sync_registry(runs: "Runs") -> dict[str, dict[str, str]]:
             if commit := runs.history.first_commit(file.md5):
                 sync_commit(runs, commit)
     with runs.lock:
-        return complete_registry(runs, ledger, input_example)
+        # as it is now: somebody may have rolled back meanwhile
+        return complete_registry(runs, Ledger.load(REGISTRY), input_example, by_hand=by_hand)
 
 
 def input_example() -> "npt.NDArray[np.float32]":
