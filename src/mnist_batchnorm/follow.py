@@ -155,4 +155,6 @@ def hear(followed: dict[str, Following], messages: Iterable[Mapping[str, Any]] |
 
 if __name__ == "__main__":
     gc.disable()  # a fifth of the time that MLflow takes to import; see cli.py
-    sys.exit(0 if follow(0) else 1)
+    status = 0 if follow(0) else 1
+    sys.stderr.flush()
+    os._exit(status)  # training waits, and to take MLflow down in good order takes a while

@@ -17,7 +17,7 @@ import click
 
 from mnist_batchnorm.layout import PARAMS_FILE
 
-GRACE = 0.5  # seconds to deliver the rest once training has ended
+GRACE = 1.0  # seconds to deliver the rest once training has ended
 
 
 class LiveRuns:
