@@ -15,7 +15,7 @@ machine too, so its share of the cores counts.
 
 What is measured is the whole command, from start to exit. Allowed is what the tracker promises: a
 median of at most 5 % and 2 s more than the untracked row's. Exit status 1 says that a training
-failed or had other weights; a time decides nothing.
+had other weights, 2 that one failed; a time decides nothing.
 """
 
 import argparse
