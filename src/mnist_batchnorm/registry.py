@@ -130,7 +130,10 @@ def _complete_versions(
         if path:
             run_id = runs.of_weights(version.weights_sha256)
             source = log_onnx(runs, path, Path(REGISTERED[name]).stem, example, run_id)
-            if shown and (shown.source, shown.run_id or None) != (f"models:/{source}", run_id):
+            # one that was registered before its run was known keeps its number, without the run
+            if shown and (
+                shown.source != f"models:/{source}" or shown.run_id not in ("", None, run_id)
+            ):
                 runs.client.delete_model_version(name, shown.version)
                 shown = None
             shown = shown or _create_version(runs, name, version, source, run_id)
