@@ -1,13 +1,14 @@
 """What made a training run: the key that equal trainings share, and the tags that tell of it."""
 
 import contextlib
+import functools
 import getpass
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -39,6 +40,12 @@ KEY_TAG = "mnist_bn.key"
 WEIGHTS_TAG = "mnist_bn.weights_sha256"
 EXPERIMENT_TAG = "dvc.exp_name"
 USER_TAG = "mlflow.user"
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(lock: str) -> Any:
+    """Parse a ``dvc.lock``, which takes a third of a second; three runs are made from the same."""
+    return YAML(typ="safe", pure=True).load(lock)
 
 
 class Inputs(NamedTuple):
@@ -98,7 +105,7 @@ class Inputs(NamedTuple):
             UserError: What they would be taken from is missing or unusable.
         """
         try:
-            stages = YAML(typ="safe", pure=True).load(LOCK_FILE)["stages"]
+            stages = _parsed(LOCK_FILE.read_text(encoding="utf-8"))["stages"]
             made, prepare = stages[stage], stages["prepare"]
             md5 = {out["path"]: out["md5"] for out in made["outs"]}
             if all(md5[path.as_posix()] == digest(path, "md5") for path in outs):

@@ -33,9 +33,11 @@ DESCRIPTION = 5000  # characters that MLflow's column holds; only PostgreSQL min
 def find_file(runs: Runs, name: str, version: Version) -> Path | None:
     """Find the bytes of a registered file: in ``models/``, or in DVC's cache; None if nowhere."""
     file = version.files[name]
-    places = (MODELS / REGISTERED[name], runs.history.cached(file.md5))
-    found = (p for p in places if p and p.is_file() and digest(p) == file.sha256)
-    return next(found, None)
+    path = MODELS / REGISTERED[name]
+    if path.is_file() and digest(path) == file.sha256:
+        return path
+    cached = runs.history.cached(file.md5)  # imports DVC
+    return cached if cached and digest(cached) == file.sha256 else None
 
 
 def candidate(ledger: Ledger) -> Version | None:
