@@ -16,6 +16,12 @@ def tracking_uri(root: Path) -> str:
     return uri
 
 
+def database(root: Path) -> Path | None:
+    """Return the file of MLflow's SQLite database, there or not; None where it stores elsewhere."""
+    uri = tracking_uri(root)
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 def without_password(text: str) -> str:
     """Remove user and password from the addresses in a text."""
     return re.sub(r"//[^/@\s]*@", "//", text)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from mnist_batchnorm.address import tracking_uri, without_password
+from mnist_batchnorm.address import database, tracking_uri, without_password
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import fingerprint, replacing
-from mnist_batchnorm.history import History
+from mnist_batchnorm.history import History, Made
 from mnist_batchnorm.layout import repository
 from mnist_batchnorm.origin import (
     EXPERIMENT_TAG,
@@ -136,7 +136,7 @@ class Runs:
         mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
         uri = tracking_uri(root)
         artifacts = (root / "mlartifacts").as_uri()
-        local = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        local = database(root)
         # beside the database, for all who use it
         beside = local or root / "mlflow.db"
         lock = FileLock(beside.with_name(f"{beside.name}.lock"), timeout=LOCK_TIMEOUT)
@@ -186,7 +186,7 @@ class Runs:
         with self.lock:
             found = self._find(origin, curve)
             if not found:
-                self._create(origin, start)
+                self._create(origin, origin.made(self.history), start)
                 found = self._find(origin, curve)  # another machine's as well, made meanwhile
             (run, logged), *doubles = found
             if origin.result:
@@ -222,7 +222,7 @@ class Runs:
             same = f"tags.`{KEY_TAG}` = '{origin.key}'"
             found = self.search(same)
             if not found:
-                self._create(origin)
+                self._create(origin, made)
                 found = self.search(same)
             parent, *doubles = _oldest_first(found)
             for double in doubles:
@@ -234,7 +234,7 @@ class Runs:
             there = self._nested(run_id)
             if missing := [one for one, _ in ones if one.key not in there]:
                 for one in missing:
-                    self._create(one, tags=tags_of[one.key], name=one.name(made))
+                    self._create(one, made, tags=tags_of[one.key])
                 there = self._nested(run_id)  # another machine's as well, made meanwhile
             # the one over all last: it has ended when all have
             for one, points in [*ones, (origin, summary)]:
@@ -378,16 +378,15 @@ class Runs:
     def _create(
         self,
         origin: Origin,
+        made: Made,
         start: int | None = None,
         tags: Mapping[str, str] | None = None,
-        name: str | None = None,
     ) -> "Run":
-        made = origin.made(self.history)
         return self.client.create_run(
             self.experiment_id,
             start_time=start,
             tags=dict(tags or origin.tags(made)),
-            run_name=name or origin.name(made),
+            run_name=origin.name(made),
         )
 
 
@@ -421,8 +420,8 @@ def opened(experiment: str, root: Path) -> Iterator[Runs]:
     Raises:
         UserError: There is none yet, it cannot be reached, or it is not usable.
     """
-    uri = tracking_uri(root)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if (local := database(root)) and not local.exists():
+        uri = tracking_uri(root)
         raise UserError(f"no run has been tracked yet: no {uri}; run `dvc repro sync` first")
     try:
         yield Runs.open(experiment, root, create=False)

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from mnist_batchnorm.address import tracking_uri
+from mnist_batchnorm.address import database, tracking_uri
 from mnist_batchnorm.files import digest, fingerprint, hashes, write_json
 from mnist_batchnorm.history import History
 from mnist_batchnorm.layout import LOCK_FILE, MODELS, PARAMS_FILE, REPORTS, SYNCED
@@ -116,8 +116,8 @@ def still_there(root: Path, held: Held) -> bool:
         return False
     uri = tracking_uri(root)
     try:
-        if uri.startswith("sqlite:///"):
-            return _in_database(Path(uri.removeprefix("sqlite:///")), held)
+        if local := database(root):
+            return _in_database(local, held)
         if uri.startswith(("http:", "https:")):
             return _on_server(uri.rstrip("/"), held)
     except (OSError, sqlite3.Error, ValueError, KeyError, TypeError):
@@ -135,10 +135,10 @@ def _entry(root: Path, everything: bool) -> str:
 
 
 def _in_database(path: Path, held: Held) -> bool:
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
 
-        def select(query: str, values: Sequence[str] = ()) -> list[tuple[Any, ...]]:
-            return database.execute(query, values).fetchall()
+        def select(query: str) -> list[tuple[Any, ...]]:
+            return connection.execute(query).fetchall()
 
         runs = select(
             "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active' AND status = 'FINISHED'"
