@@ -1,0 +1,191 @@
+"""Tool serve: proven models over the Open Inference Protocol, version 2."""
+
+import ipaddress
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.layout import MODELS, REGISTERED, REPORTS
+
+if TYPE_CHECKING:
+    from mnist_batchnorm.serve.catalog import Source
+    from mnist_batchnorm.serve.settings import Settings
+
+TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - the variable's name
+LONG_ENOUGH = 16  # characters of a token
+NAMES = {file: name for name, file in REGISTERED.items()}
+
+seconds = click.FloatRange(min=0.0, min_open=True)
+
+
+@click.command()
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256))
+@click.option(
+    "--parity",
+    default=REPORTS / "parity.json",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The gate's report on the files.",
+)
+@click.option("--allow-unverified", is_flag=True, help="Serve what the gate has not passed.")
+@click.option("--token-file", type=click.Path(path_type=Path), help=f"Or {TOKEN} holds the token.")
+@click.option("--insecure", is_flag=True, help="Listen beyond this machine without a token.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask.")
+@click.option("--max-body", default=32 << 20, show_default=True, type=click.IntRange(1 << 10))
+@click.option("--max-rows", default=10_000, show_default=True, type=click.IntRange(1))
+@click.option("--max-connections", default=4096, show_default=True, type=click.IntRange(1))
+@click.option("--queue", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--head-timeout", default=10.0, show_default=True, type=seconds)
+@click.option("--body-timeout", default=30.0, show_default=True, type=seconds)
+@click.option("--keep-alive", default=75.0, show_default=True, type=seconds)
+@click.option("--drain-delay", default=1.0, show_default=True, type=click.FloatRange(0.0))
+@click.option("--drain", default=20.0, show_default=True, type=seconds)
+@click.option("--watch", default=1.0, show_default=True, type=click.FloatRange(0.0))
+@click.option("--allow-nonfinite", is_flag=True, help="Pass NaN and infinities to the model.")
+@click.option("--access-log", is_flag=True, help="Log each request.")
+def command(
+    sources: tuple[str, ...],
+    host: str,
+    port: int,
+    workers: int,
+    parity: Path,
+    allow_unverified: bool,
+    token_file: Path | None,
+    insecure: bool,
+    cors: tuple[str, ...],
+    max_body: int,
+    max_rows: int,
+    max_connections: int,
+    queue: int,
+    head_timeout: float,
+    body_timeout: float,
+    keep_alive: float,
+    drain_delay: float,
+    drain: float,
+    watch: float,
+    allow_nonfinite: bool,
+    access_log: bool,
+) -> None:
+    """Serve proven models over the Open Inference Protocol, version 2.
+
+    A SOURCE is an ONNX file, FILE or NAME=FILE; without one, the pipeline's models. Only files
+    that the parity gate has passed are served.
+    """
+    require_extra()
+    from mnist_batchnorm.serve.metrics import SHARED
+    from mnist_batchnorm.serve.protocol import Limits
+    from mnist_batchnorm.serve.settings import Settings
+
+    token = read_token(token_file)
+    if not token and not insecure and not is_loopback(host):
+        raise UserError(
+            f"--host {host} lets other machines in: give a token by --token-file or {TOKEN}, or "
+            "say --insecure"
+        )
+    with tempfile.TemporaryDirectory(prefix="mnist-bn-serve-") as state:
+        if workers > 1:
+            os.environ[SHARED] = state  # read when prometheus_client is imported
+        settings = Settings(
+            host=host,
+            port=port,
+            workers=workers,
+            limits=Limits(max_rows, allow_nonfinite),
+            max_body=max_body,
+            max_connections=max_connections,
+            queue=queue,
+            head_timeout=head_timeout,
+            body_timeout=body_timeout,
+            keep_alive=keep_alive,
+            drain_delay=drain_delay,
+            drain=drain,
+            token=token,
+            origins=cors,
+            access_log=access_log,
+            watch=watch,
+            state=Path(state),
+        )
+        sys.exit(run(sources_of(sources, parity, allow_unverified=allow_unverified), settings))
+
+
+def run(sources: "Sequence[Source]", settings: "Settings") -> int:
+    """Serve in one process or several until told to end; return the exit status."""
+    from mnist_batchnorm.serve.run import listen, serve
+    from mnist_batchnorm.serve.workers import Workers
+
+    listener = listen(settings)
+    if settings.workers == 1:
+        serve(sources, settings, listener)
+        return 0
+    return Workers(settings, listener, lambda: serve(sources, settings, listener)).run()
+
+
+def sources_of(words: Sequence[str], parity: Path, *, allow_unverified: bool) -> "Sequence[Source]":
+    """Make sources of what stands in the command line."""
+    from mnist_batchnorm.serve.catalog import FileSource
+
+    files = list(words) or [str(MODELS / file) for file in REGISTERED.values()]
+    sources = []
+    for word in files:
+        name, equals, file = word.partition("=")
+        path = Path(file if equals else word)
+        known = name if equals else NAMES.get(path.name, path.stem)
+        sources.append(FileSource(known, path, parity, allow_unverified))
+    return sources
+
+
+def read_token(path: Path | None) -> str | None:
+    """Return the token that requests must bear: from a file, else from the environment.
+
+    Raises:
+        UserError: The file cannot be read, or the token is too short or not plain ASCII.
+    """
+    if path is None:
+        token, where = os.environ.get(TOKEN, ""), TOKEN
+        if not token:
+            return None
+    else:
+        try:
+            token, where = path.read_text(encoding="utf-8").strip(), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    if len(token) < LONG_ENOUGH or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(
+            f"{where} holds no token: expected {LONG_ENOUGH} or more visible ASCII characters; "
+            "`openssl rand -hex 32` makes one"
+        )
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def require_extra() -> None:
+    """Make sure that what only the server needs is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        import httptools  # noqa: F401
+        import orjson  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"serving needs more packages ({error}): pip install 'mnist-batchnorm[serve]'"
+        ) from None

@@ -1,0 +1,188 @@
+"""The ASGI application: inference by the shortest way, everything else by Starlette."""
+
+import asyncio
+import hmac
+import itertools
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping, Sized
+from time import perf_counter
+from typing import Any
+
+import orjson
+
+from mnist_batchnorm.parity.runtime import RuntimeFailedError
+from mnist_batchnorm.serve.body import (
+    ClientGoneError,
+    Message,
+    Receive,
+    discard_body,
+    length_of,
+    pick,
+    read_body,
+)
+from mnist_batchnorm.serve.catalog import Catalog
+from mnist_batchnorm.serve.decode import decode
+from mnist_batchnorm.serve.encode import encode
+from mnist_batchnorm.serve.log import log
+from mnist_batchnorm.serve.metrics import Meters, Metrics
+from mnist_batchnorm.serve.models import Model
+from mnist_batchnorm.serve.protocol import HEADER_LENGTH, RequestError, busy, unauthorized
+from mnist_batchnorm.serve.settings import Settings
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+JSON = (b"content-type", b"application/json")
+BINARY = (b"content-type", b"application/octet-stream")
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # visible ASCII
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C, level 1
+
+
+class App:
+    """What answers requests.
+
+    Args:
+        catalog: the models.
+        settings: how to serve.
+        metrics: what is counted.
+        cold: the application for everything but inference.
+    """
+
+    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics, cold: ASGI) -> None:
+        self.catalog = catalog
+        self.settings = settings
+        self.metrics = metrics
+        self.cold = cold
+        self.tasks: Sized = ()  # the server's, one for each request that is not answered yet
+        self._reading = 0
+        self._token = settings.token.encode() if settings.token else None
+        self._ids = itertools.count()
+        self._process = secrets.token_hex(6).encode()
+        self._paths: dict[str, tuple[Model, Meters]] = {}
+        catalog.on_publish = self._list_paths
+        self._list_paths()
+
+    def _list_paths(self) -> None:
+        paths: dict[str, tuple[Model, Meters]] = {}
+        for model in self.catalog:
+            served = (model, self.metrics.of(model.name, model.version))
+            paths.setdefault(f"/v2/models/{model.name}/infer", served)
+            paths[f"/v2/models/{model.name}/versions/{model.version}/infer"] = served
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        head = pick(scope["headers"])
+        served = self._paths.get(scope["path"])
+        model = served[0].name if served else ""
+        try:
+            if self._token is not None and not self._allowed(scope["path"], head):
+                raise unauthorized()
+            if served is None or scope["method"] != "POST":
+                await self.cold(scope, receive, send)
+                return
+            if len(self.tasks) - self._reading > self.settings.queue:
+                raise busy("the server is busy, try again")
+            await self._infer(served, head, receive, send)
+        except RequestError as error:
+            await self._refuse(error, model, head, receive, send)
+        except ClientGoneError:
+            self.metrics.rejected("gone", model)
+        except RuntimeFailedError as error:
+            log("failed", "error", model=model, why=str(error))
+            failure = RequestError(f"the model does not run: {error}", 500, "runtime")
+            await self._refuse(failure, model, head, receive, send)
+        except asyncio.CancelledError:  # the server ends and cannot wait any longer
+            await self._refuse(busy("the server stops"), model, head, receive, send)
+
+    def _allowed(self, path: str, head: dict[bytes, bytes]) -> bool:
+        if path.startswith("/v2/health/"):
+            return True
+        assert self._token is not None
+        return has_token(head, self._token)
+
+    async def _infer(
+        self, served: tuple[Model, Meters], head: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        model, meters = served
+        self._reading += 1
+        try:
+            body = await read_body(head, receive, self.settings)
+        finally:
+            self._reading -= 1
+        began = perf_counter()
+        request = decode(body, length_of(head, HEADER_LENGTH), self.settings.limits)
+        parsed = perf_counter()
+        logits = model.run(request.images)
+        ran = perf_counter()
+        content, json_length = encode(request, logits, model.name, model.version)
+        encoded = perf_counter()
+        headers = [(b"content-length", b"%d" % len(content)), *self._trace(head)]
+        if json_length is None:
+            headers.append(JSON)
+        else:
+            headers += [BINARY, (HEADER_LENGTH, b"%d" % json_length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+        meters.answered(len(logits), began, parsed, ran, encoded)
+        if self.settings.access_log:
+            log(
+                "infer",
+                model=model.name,
+                version=model.version,
+                rows=len(logits),
+                seconds=round(encoded - began, 6),
+                **told(head),
+            )
+
+    def _trace(self, head: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+        """Return the headers by which a request can be found again."""
+        given = head.get(b"x-request-id")
+        if given is None or not REQUEST_ID.fullmatch(given):
+            given = head[b"x-request-id"] = b"%b-%x" % (self._process, next(self._ids))
+        headers = [(b"x-request-id", given)]
+        parent = head.get(b"traceparent")
+        if parent is not None:
+            if TRACEPARENT.fullmatch(parent):
+                headers.append((b"traceparent", parent))
+            else:
+                del head[b"traceparent"]
+        return headers
+
+    async def _refuse(
+        self,
+        error: RequestError,
+        model: str,
+        head: dict[bytes, bytes],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        content = orjson.dumps({"error": str(error)})
+        headers = [JSON, (b"content-length", b"%d" % len(content)), *self._trace(head)]
+        headers += error.headers
+        if error.unread:
+            headers.append((b"connection", b"close"))
+        self.metrics.rejected(error.reason, model)
+        why, status = str(error), error.status
+        log("rejected", status=status, reason=error.reason, why=why, model=model, **told(head))
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": content, "more_body": error.unread})
+        if error.unread:
+            await discard_body(receive, 4 * self.settings.max_body)
+            await send({"type": "http.response.body", "body": b""})
+
+
+def has_token(head: dict[bytes, bytes], token: bytes) -> bool:
+    """Tell whether a request bears the token, in a time that says nothing of where it differs."""
+    scheme, _, given = head.get(b"authorization", b"").partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token)
+
+
+def told(head: dict[bytes, bytes]) -> dict[str, str]:
+    """Return what the log says of who asked."""
+    fields = {"request_id": head.get(b"x-request-id"), "traceparent": head.get(b"traceparent")}
+    return {name: value.decode() for name, value in fields.items() if value}

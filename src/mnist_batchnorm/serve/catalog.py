@@ -1,0 +1,218 @@
+"""What is served: for each name its versions, and where new ones come from."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.layout import REGISTRY
+from mnist_batchnorm.serve import models
+from mnist_batchnorm.serve.log import log
+from mnist_batchnorm.serve.metrics import Metrics
+from mnist_batchnorm.serve.models import Model
+
+State = tuple[object, ...]
+
+
+class Source(Protocol):
+    """Where a model comes from."""
+
+    @property
+    def name(self) -> str:
+        """That its model is served as."""
+        ...
+
+    def state(self) -> State:
+        """Return what differs as soon as the model may have changed; cheap."""
+        ...
+
+    def load(self) -> Model:
+        """Load and check the model.
+
+        Raises:
+            UserError: There is none.
+            CheckFailedError: It is not fit to be served.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """An ONNX file with the gate's report.
+
+    Attributes:
+        name: that it is served as.
+        onnx: the file.
+        parity: the report.
+        allow_unverified: serve it whatever the report says.
+    """
+
+    name: str
+    onnx: Path
+    parity: Path
+    allow_unverified: bool = False
+
+    def state(self) -> State:
+        """Return what identifies the present content of the files, as far as `stat` sees it."""
+        return tuple(_stamp(path) for path in (self.onnx, self.parity, REGISTRY))
+
+    def load(self) -> Model:
+        """Load the file as it is now; see `models.load`."""
+        return models.load(
+            self.name, self.onnx, self.parity, allow_unverified=self.allow_unverified
+        )
+
+
+def _stamp(path: Path) -> State:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+@dataclass
+class Slot:
+    """A source and what is served from it.
+
+    Attributes:
+        source: where it comes from.
+        model: that is served; None: none yet.
+        seen: the source's state when it was last looked at.
+        problem: why that state is not served; None: it is.
+    """
+
+    source: Source
+    model: Model | None = None
+    seen: State | None = None
+    problem: str | None = None
+
+
+@dataclass
+class Catalog:
+    """All models of a server.
+
+    A request sees the whole as it was at one moment: `publish` replaces it at once, and whoever
+    holds a model keeps it.
+
+    Attributes:
+        sources: in order; the first of a name is its default version.
+        metrics: told of what is loaded and served.
+        unloaded: names that are not served although there are sources.
+    """
+
+    sources: Sequence[Source]
+    metrics: Metrics
+    unloaded: frozenset[str] = frozenset()
+    on_publish: Callable[[], None] = lambda: None
+    _slots: list[Slot] = field(init=False)
+    _one_at_a_time: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
+    _served: Mapping[str, Mapping[str, Model]] = field(
+        init=False, default_factory=lambda: MappingProxyType({})
+    )
+
+    def __post_init__(self) -> None:
+        self._slots = [Slot(source) for source in self.sources]
+
+    def find(self, name: str, version: str | None = None) -> Model | None:
+        """Return a model, of its default version unless another is named; None: not served."""
+        versions = self._served.get(name, {})
+        if version is None:
+            return next(iter(versions.values()), None)
+        return versions.get(version)
+
+    def __iter__(self) -> Iterator[Model]:
+        for versions in self._served.values():
+            yield from versions.values()
+
+    def versions(self, name: str) -> list[str]:
+        """Return the versions of a model that are served, the default first."""
+        return list(self._served.get(name, ()))
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The sources with what is served from each."""
+        return tuple(self._slots)
+
+    @property
+    def names(self) -> list[str]:
+        """All names, served now or not."""
+        return list(dict.fromkeys(source.name for source in self.sources))
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that should be served is."""
+        return all(slot.model or slot.source.name in self.unloaded for slot in self._slots)
+
+    def load(self) -> None:
+        """Load all models, before anything is served.
+
+        Raises:
+            UserError: One is missing or is no model.
+            CheckFailedError: One is not fit to be served.
+        """
+        for slot in self._slots:
+            slot.seen = slot.source.state()
+            slot.model = slot.source.load()
+        self.publish()
+
+    async def refresh(self, name: str | None = None) -> None:
+        """Look at the sources, of one name or all, and serve what they hold by now.
+
+        What is not fit to be served is refused, and the model before it goes on.
+
+        Args:
+            name: look at these even if nothing seems to have changed.
+        """
+        async with self._one_at_a_time:
+            changed = False
+            for slot in self._slots:
+                state = slot.source.state()
+                if slot.source.name == name or (name is None and state != slot.seen):
+                    slot.seen = state
+                    changed |= await self._try(slot)
+            if changed:
+                self.publish()
+
+    async def _try(self, slot: Slot) -> bool:
+        source, before = slot.source, slot.model
+        try:
+            model = await asyncio.to_thread(source.load)
+        except (UserError, CheckFailedError) as error:
+            slot.problem = str(error)
+            kept = before and before.version
+            log("refused", "error", model=source.name, why=slot.problem, still_serving=kept)
+            self.metrics.swapped(source.name, "refused")
+            return False
+        slot.problem = None
+        if before and model.identity == before.identity:
+            return False
+        slot.model = model
+        self.metrics.swapped(source.name, "loaded")
+        return True
+
+    def publish(self) -> None:
+        """Serve what the sources last gave, all at once."""
+        before = {model.identity: model for model in self}
+        served: dict[str, dict[str, Model]] = {}
+        for slot in self._slots:
+            if slot.model and slot.source.name not in self.unloaded:
+                served.setdefault(slot.source.name, {}).setdefault(slot.model.version, slot.model)
+        self._served = MappingProxyType(served)
+        now = {model.identity: model for model in self}
+        for key in before.keys() - now.keys():
+            self._note(before[key], served=False)
+        for key in now.keys() - before.keys():
+            self._note(now[key], served=True)
+        self.on_publish()
+
+    def _note(self, model: Model, *, served: bool) -> None:
+        self.metrics.served(model.name, model.version, model.sha256, model.verified, served)
+        fields = {"model": model.name, "version": model.version, "sha256": model.sha256}
+        if served and model.unproven:
+            log("unverified", "warning", **fields, why=model.unproven)
+        else:
+            log("served" if served else "retired", **fields)

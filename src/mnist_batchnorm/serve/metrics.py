@@ -1,0 +1,170 @@
+"""What Prometheus sees of the server.
+
+Where ``PROMETHEUS_MULTIPROC_DIR`` is set before the import, the processes of one server keep their
+figures in that folder, and each answers for all.
+"""
+
+import os
+from dataclasses import dataclass
+
+import prometheus_client as prometheus
+from prometheus_client import multiprocess
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+STAGES = ("parse", "infer", "encode")
+# Seconds. One image takes some 10 microseconds a stage, the largest request a tenth of a second.
+BUCKETS = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.5)
+NAMESPACE = "mnist_bn"
+
+
+@dataclass(frozen=True, slots=True)
+class Meters:
+    """What one version of a model is measured by."""
+
+    requests: prometheus.Counter
+    rows: prometheus.Counter
+    parse: prometheus.Histogram
+    infer: prometheus.Histogram
+    encode: prometheus.Histogram
+
+    def answered(self, rows: int, began: float, parsed: float, ran: float, encoded: float) -> None:
+        """Count a request, with the moments at which its stages ended, in seconds."""
+        self.requests.inc()
+        self.rows.inc(rows)
+        self.parse.observe(parsed - began)
+        self.infer.observe(ran - parsed)
+        self.encode.observe(encoded - ran)
+
+
+class Metrics:
+    """All counters, gauges and histograms of a process."""
+
+    def __init__(self) -> None:
+        self._own = own = prometheus.CollectorRegistry()
+        self._requests = prometheus.Counter(
+            "requests",
+            "Inference requests answered.",
+            ["model", "version"],
+            NAMESPACE,
+            registry=own,
+        )
+        self._rows = prometheus.Counter(
+            "rows", "Images classified.", ["model", "version"], NAMESPACE, registry=own
+        )
+        self._rejects = prometheus.Counter(
+            "rejects", "Requests refused, by reason.", ["reason", "model"], NAMESPACE, registry=own
+        )
+        self._seconds = prometheus.Histogram(
+            "stage_seconds",
+            "Time of an inference request by stage.",
+            ["stage", "model", "version"],
+            NAMESPACE,
+            registry=own,
+            buckets=BUCKETS,
+        )
+        self._models = prometheus.Gauge(
+            "model_info",
+            "1 for each model that is served now.",
+            ["model", "version", "sha256", "verified"],
+            NAMESPACE,
+            registry=own,
+            multiprocess_mode="livemax",
+        )
+        self._swaps = prometheus.Counter(
+            "swaps", "Model files loaded or refused.", ["model", "outcome"], NAMESPACE, registry=own
+        )
+        self.queue = prometheus.Gauge(
+            "queue",
+            "Requests being read, waiting or answered.",
+            namespace=NAMESPACE,
+            registry=own,
+            multiprocess_mode="livesum",
+        )
+        self.connections = prometheus.Gauge(
+            "connections",
+            "Open connections.",
+            namespace=NAMESPACE,
+            registry=own,
+            multiprocess_mode="livesum",
+        )
+        if SHARED not in os.environ:
+            prometheus.ProcessCollector(registry=own)
+            prometheus.PlatformCollector(registry=own)
+
+    def of(self, model: str, version: str) -> Meters:
+        """Return the meters of a version."""
+        stages = {s: self._seconds.labels(stage=s, model=model, version=version) for s in STAGES}
+        return Meters(
+            self._requests.labels(model, version), self._rows.labels(model, version), **stages
+        )
+
+    def rejected(self, reason: str, model: str = "") -> None:
+        """Count a request that was refused."""
+        self._rejects.labels(reason, model).inc()
+
+    def swapped(self, model: str, outcome: str) -> None:
+        """Count a model file that was ``loaded`` or ``refused``."""
+        self._swaps.labels(model, outcome).inc()
+
+    def served(self, model: str, version: str, sha256: str, verified: bool, now: bool) -> None:
+        """Note whether a version is served now."""
+        self._models.labels(model, version, sha256, str(verified).lower()).set(int(now))
+
+    def merged(self) -> prometheus.CollectorRegistry:
+        """Return the figures of all processes of the server."""
+        if SHARED not in os.environ:
+            return self._own
+        everyone = prometheus.CollectorRegistry()
+        multiprocess.MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
+        return everyone
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        return prometheus.generate_latest(self.merged())
+
+
+def statistics(
+    figures: prometheus.CollectorRegistry, model: str, version: str
+) -> dict[str, object]:
+    """Return what the protocol's statistics extension tells of a version.
+
+    https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md
+    """
+    of = {"model": model, "version": version}
+
+    def figure(name: str, **labels: str) -> float:
+        return figures.get_sample_value(f"{NAMESPACE}_{name}", {**of, **labels}) or 0.0
+
+    seconds = {stage: figure("stage_seconds_sum", stage=stage) for stage in STAGES}
+    requests = round(figure("requests_total"))
+
+    def duration(value: float) -> dict[str, int]:
+        return {"count": requests, "ns": round(value * 1e9)}
+
+    nothing = {"count": 0, "ns": 0}
+    return {
+        "name": model,
+        "version": version,
+        "inference_count": round(figure("rows_total")),
+        "execution_count": requests,
+        "inference_stats": {
+            "success": duration(sum(seconds.values())),
+            "fail": nothing,
+            "queue": duration(0.0),
+            "compute_input": duration(seconds["parse"]),
+            "compute_infer": duration(seconds["infer"]),
+            "compute_output": duration(seconds["encode"]),
+            "cache_hit": nothing,
+            "cache_miss": nothing,
+        },
+        "batch_stats": [],
+        "memory_usage": [],
+    }
+
+
+def forget(process: int) -> None:
+    """Take a process that died out of the figures that are about the present."""
+    if SHARED in os.environ:
+        multiprocess.mark_process_dead(process)  # type: ignore[no-untyped-call]

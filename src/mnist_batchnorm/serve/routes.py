@@ -1,0 +1,305 @@
+"""Everything but inference: health, metadata, repository, statistics, metrics, the page."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+
+from mnist_batchnorm.dataset import CLASSES
+from mnist_batchnorm.serve.app import Scope, Send, has_token
+from mnist_batchnorm.serve.body import Receive, pick, read_body
+from mnist_batchnorm.serve.catalog import Catalog
+from mnist_batchnorm.serve.control import Control
+from mnist_batchnorm.serve.metrics import Metrics, statistics
+from mnist_batchnorm.serve.models import Model
+from mnist_batchnorm.serve.protocol import (
+    EXTENSIONS,
+    INPUT,
+    LONGEST,
+    OUTPUT,
+    PIXELS,
+    PLATFORM,
+    RequestError,
+    busy,
+    refuse,
+    unauthorized,
+)
+from mnist_batchnorm.serve.settings import Settings
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+PAGE = Path(__file__).with_name("page")
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+SECURITY = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def answer(content: Any, status: int = 200) -> Response:
+    """Return JSON."""
+    return Response(
+        orjson.dumps(content), status, {"cache-control": "no-store"}, "application/json"
+    )
+
+
+class Routes:
+    """The protocol's calls, but for inference.
+
+    Args:
+        catalog: the models.
+        control: by which models are loaded and unloaded.
+        settings: how to serve.
+        metrics: what is counted.
+        draining: tells whether the server is about to end.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        control: Control,
+        settings: Settings,
+        metrics: Metrics,
+        draining: Callable[[], bool],
+    ) -> None:
+        self.catalog = catalog
+        self.control = control
+        self.settings = settings
+        self.metrics = metrics
+        self.draining = draining
+        self._router = Router(self._routes(), redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request.
+
+        Raises:
+            RequestError: It is not answered.
+        """
+        scope["app"] = self  # makes Starlette raise what it refuses
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            says = {404: "no such path", 405: "this path does not take this method"}
+            headers = [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
+            told = f"{scope['method']} {scope['path'][:LONGEST]}: {says[error.status_code]}"
+            raise RequestError(told, error.status_code, "path", headers=headers) from None
+
+    def _routes(self) -> list[Route]:
+        model, one = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+        repository = "/v2/repository/models/{name}"
+        get = partial(Route, methods=["GET"])
+        post = partial(Route, methods=["POST"])
+        return [
+            get("/v2", self.server),
+            get("/v2/health/live", self.live),
+            get("/v2/health/ready", self.ready),
+            get("/v2/models/stats", self.all_statistics),
+            *(get(path, self.model) for path in (model, one)),
+            *(get(f"{path}/ready", self.model_ready) for path in (model, one)),
+            *(get(f"{path}/stats", self.statistics) for path in (model, one)),
+            *(post(f"{path}/infer", self.no_such_model) for path in (model, one)),
+            post("/v2/repository/index", self.index),
+            post(f"{repository}/load", self.load),
+            post(f"{repository}/unload", self.unload),
+            get("/metrics", self.prometheus),
+            *page_routes(PAGE),
+        ]
+
+    async def server(self, _: Request) -> Response:
+        """Answer what the server is."""
+        extensions = list(EXTENSIONS)
+        name = "mnist-batchnorm"
+        return answer({"name": name, "version": version(name), "extensions": extensions})
+
+    async def live(self, _: Request) -> Response:
+        """Answer that the process does its work."""
+        return answer({"live": True})
+
+    async def ready(self, _: Request) -> Response:
+        """Answer whether requests may come."""
+        ready = self.catalog.ready and not self.draining()
+        return answer({"ready": ready}, 200 if ready else 503)
+
+    def _find(self, request: Request) -> Model:
+        name, version = request.path_params["name"], request.path_params.get("version")
+        model = self.catalog.find(name, version)
+        if model is None:
+            told = f"model {name!r}" + (f" version {version!r}" if version else "")
+            known = ", ".join(f"{one.name} {one.version}" for one in self.catalog) or "none"
+            raise RequestError(f"no {told[:200]} here; there is {known}", 404, "model")
+        return model
+
+    async def no_such_model(self, request: Request) -> Response:
+        """Refuse inference by a model that is not served: what is, the lean path answers."""
+        self._find(request)
+        raise busy("the model is being loaded, try again")
+
+    async def model(self, request: Request) -> Response:
+        """Answer what a model takes and gives, and whether it is proven."""
+        model = self._find(request)
+        chosen = "version" in request.path_params
+        return answer(
+            {
+                "name": model.name,
+                "versions": [model.version] if chosen else self.catalog.versions(model.name),
+                "platform": PLATFORM,
+                "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, PIXELS]}],
+                "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, CLASSES]}],
+                "parameters": {
+                    "version": model.version,
+                    "sha256": model.sha256,
+                    "weights_sha256": model.weights_sha256,
+                    "verified": model.verified,
+                    **({"unverified_because": model.unproven} if model.unproven else {}),
+                },
+            }
+        )
+
+    async def model_ready(self, request: Request) -> Response:
+        """Answer whether a model may be asked."""
+        model = self._find(request)
+        ready = not self.draining()
+        return answer({"name": model.name, "ready": ready}, 200 if ready else 503)
+
+    async def statistics(self, request: Request) -> Response:
+        """Answer what a model has done."""
+        model = self._find(request)
+        chosen = request.path_params.get("version")
+        return self._statistics(
+            [
+                one
+                for one in self.catalog
+                if one.name == model.name and chosen in (None, one.version)
+            ]
+        )
+
+    async def all_statistics(self, _: Request) -> Response:
+        """Answer what all models have done."""
+        return self._statistics(list(self.catalog))
+
+    def _statistics(self, models: Sequence[Model]) -> Response:
+        figures = self.metrics.merged()
+        return answer({"model_stats": [statistics(figures, m.name, m.version) for m in models]})
+
+    async def index(self, request: Request) -> Response:
+        """Answer which models there are, served or not."""
+        asked = await self._object(request)
+        only_ready = asked.get("ready", False)
+        if not isinstance(only_ready, bool):
+            refuse("ready", only_ready, "true or false")
+        rows = repository_index(self.catalog)
+        return answer([row for row in rows if row["state"] == "READY" or not only_ready])
+
+    async def load(self, request: Request) -> Response:
+        """Serve a model that was unloaded, or look whether its file has changed."""
+        name = await self._named(request)
+        problem = await self.control.load(name)
+        if problem:
+            raise RequestError(problem, 400, "unproven")
+        return answer({})
+
+    async def unload(self, request: Request) -> Response:
+        """Serve a model no longer."""
+        await self.control.unload(await self._named(request))
+        return answer({})
+
+    async def _named(self, request: Request) -> str:
+        if not self.settings.token:
+            raise RequestError(
+                "loading and unloading need a token: start the server with --token-file",
+                403,
+                "token",
+            )
+        if not has_token(pick(request.headers.raw), self.settings.token.encode()):
+            raise unauthorized()
+        name: str = request.path_params["name"]
+        if name not in self.catalog.names:
+            known = ", ".join(self.catalog.names)
+            raise RequestError(f"no model {name[:200]!r} here; there is {known}", 404, "model")
+        parameters = (await self._object(request)).get("parameters") or {}
+        if unknown := set(parameters) - {"unload_dependents"}:
+            refuse(
+                "parameters", ", ".join(sorted(unknown)), "none: models come from the command line"
+            )
+        return name
+
+    async def _object(self, request: Request) -> dict[str, Any]:
+        """Return the object in a request's body, which may be missing."""
+        body = await read_body(pick(request.headers.raw), request.receive, self.settings)
+        if not body:
+            return {}
+        try:
+            content = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(f"the body is not JSON: {error}", reason="json") from None
+        if not isinstance(content, dict) or not isinstance(content.get("parameters", {}), dict):
+            refuse("the body", content, "an object, and one in its parameters")
+        return content
+
+    async def prometheus(self, _: Request) -> Response:
+        """Answer all figures."""
+        text = await asyncio.to_thread(self.metrics.text)
+        return Response(text, headers={"content-type": EXPOSITION, "cache-control": "no-store"})
+
+
+def repository_index(catalog: Catalog) -> list[dict[str, str]]:
+    """Return the state of every model, as the protocol's repository extension tells it.
+
+    https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md
+    """
+    rows = []
+    for slot in catalog.slots:
+        row = {"name": slot.source.name, "version": slot.model.version if slot.model else ""}
+        if slot.source.name in catalog.unloaded:
+            rows.append(row | {"state": "UNAVAILABLE", "reason": "unloaded"})
+        elif slot.model is None:
+            rows.append(row | {"state": "UNAVAILABLE", "reason": slot.problem or ""})
+        else:
+            rows.append(row | {"state": "READY", "reason": slot.problem or ""})
+    return rows
+
+
+def page_routes(folder: Path) -> list[Route]:
+    """Return a route for each file of the page, which is read now and never again."""
+    routes = []
+    for path in sorted(folder.glob("*.*")):
+        if path.suffix in CONTENT_TYPES:
+            endpoint = _fixed(path.read_bytes(), CONTENT_TYPES[path.suffix])
+            where = "/" if path.name == "index.html" else f"/static/{path.name}"
+            routes.append(Route(where, endpoint, methods=["GET"]))
+    return routes
+
+
+def _fixed(content: bytes, content_type: str) -> Handler:
+    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    headers = {**SECURITY, "content-type": content_type, "cache-control": "no-cache", "etag": tag}
+
+    async def endpoint(request: Request) -> Response:
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers)
+
+    return endpoint

@@ -1,0 +1,82 @@
+"""Run a server: one process, or several that share a port."""
+
+import asyncio
+import gc
+import os
+import socket
+from collections.abc import Sequence
+
+from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.serve.app import App
+from mnist_batchnorm.serve.catalog import Catalog, Source
+from mnist_batchnorm.serve.control import Control
+from mnist_batchnorm.serve.http import Protocol, Server, configure
+from mnist_batchnorm.serve.log import log, take_over_logging
+from mnist_batchnorm.serve.metrics import Metrics
+from mnist_batchnorm.serve.routes import Routes
+from mnist_batchnorm.serve.settings import Settings
+
+BACKLOG = 2048  # connections that the system holds for us
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Bind the server's port.
+
+    Raises:
+        UserError: It is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}"
+        ) from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the URL at which a server is reached on this machine."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(sources: Sequence[Source], settings: Settings, listener: socket.socket) -> None:
+    """Serve in this process until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: A model is missing or is no model.
+        CheckFailedError: A model is not fit to be served.
+    """
+    take_over_logging()
+    metrics = Metrics()
+    catalog = Catalog(sources, metrics)
+    catalog.load()
+    assert settings.state
+    control = Control(catalog, settings.state, settings.watch)
+    routes = Routes(catalog, control, settings, metrics, lambda: server.draining)
+    app = App(catalog, settings, metrics, routes)
+    protocol = type("BoundProtocol", (Protocol,), {"settings": settings, "app_of_server": app})
+    server = Server(configure(app, settings, protocol), app, settings)
+    gc.enable()
+    gc.freeze()  # what is here now stays, so the collector need not look at it again
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_run(server, control, listener))
+    log("stopped", pid=os.getpid())
+
+
+async def _run(server: Server, control: Control, listener: socket.socket) -> None:
+    watching = asyncio.create_task(control.run())
+    models = [f"{model.name} {model.version}" for model in control.catalog]
+    log("serving", url=address_of(listener), pid=os.getpid(), models=models)
+    try:
+        await server.serve([listener])
+    finally:
+        watching.cancel()
