@@ -4,6 +4,7 @@
 # Once there is an environment its own Python keeps it up to date: PYTHON= is needed only once.
 PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || echo python3)
 PORT ?= 5000
+SERVE_PORT ?= 8000
 
 # What `. .venv/bin/activate` does to PATH, for programs that start others by name, as DVC does.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -15,7 +16,7 @@ CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
 OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx \
 	reports/confusion reports/parity reports/predictions .checkpoints
 
-.PHONY: help setup repro test ui screenshots lock clean
+.PHONY: help setup repro test ui serve screenshots lock clean
 
 help: ## List the goals.
 	@echo 'Usage: make GOAL [PYTHON=python3.12] [TORCH_BACKEND=cpu]'
@@ -31,6 +32,7 @@ repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, ve
 	@echo 'Next:'
 	@echo '  reports/index.html  the report, for any browser'
 	@echo '  models/bn.onnx      the verified model'
+	@echo '  make serve          the model over HTTP, and a page to draw digits for it'
 	@echo '  make ui             the runs in MLflow'
 
 test: setup ## Lint, check format and types, run the tests.
@@ -47,6 +49,9 @@ ui: setup ## Show the runs in MLflow's UI on this machine (PORT=5000).
 		$(IN_VENV) $(ONLY_UI) mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
 			--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; \
 	esac
+
+serve: setup ## Serve the proven models on this machine (SERVE_PORT=8000).
+	@$(IN_VENV) mnist-bn serve --port $(SERVE_PORT)
 
 screenshots: setup ## Take the pictures of MLflow's UI in docs/images again (needs Chromium).
 	@$(IN_VENV) python -m scripts.screenshots

@@ -36,6 +36,9 @@ ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 JSON = (b"content-type", b"application/json")
 BINARY = (b"content-type", b"application/octet-stream")
+# Free of the token: a probe has none, and a browser shows a page before anybody can give it one.
+OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json"))
+OPEN_FOLDERS = ("/v2/health/", "/static/")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # visible ASCII
 TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C, level 1
 
@@ -100,7 +103,7 @@ class App:
             await self._refuse(busy("the server stops"), model, head, receive, send)
 
     def _allowed(self, path: str, head: dict[bytes, bytes]) -> bool:
-        if path.startswith("/v2/health/"):
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
             return True
         assert self._token is not None
         return has_token(head, self._token)

@@ -66,7 +66,7 @@ def decode(body: bytes, json_length: int | None, limits: Limits) -> InferRequest
     if "shared_memory_region" in own:
         refuse(f"{TENSOR}.parameters", "shared_memory_region", "the tensor itself")
     if "binary_data_size" in own:
-        if "data" in tensor:
+        if tensor.get("data") is not None:
             refuse(TENSOR, "data and parameters.binary_data_size", "one of the two", "binary")
         size = f"{TENSOR}.parameters.binary_data_size"
         images = decode_raw(tail, own["binary_data_size"], size, shape, datatype, limits)

@@ -21,6 +21,7 @@ from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.control import Control
 from mnist_batchnorm.serve.metrics import Metrics, statistics
 from mnist_batchnorm.serve.models import Model
+from mnist_batchnorm.serve.openapi import DOCS, START, SWAGGER_UI, bundled, document
 from mnist_batchnorm.serve.protocol import (
     EXTENSIONS,
     INPUT,
@@ -45,10 +46,12 @@ CONTENT_TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+DOCS_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI
 SECURITY = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
@@ -125,6 +128,8 @@ class Routes:
             post(f"{repository}/load", self.load),
             post(f"{repository}/unload", self.unload),
             get("/metrics", self.prometheus),
+            get("/openapi.json", fixed(orjson.dumps(document(self.settings)), "application/json")),
+            *docs_routes(),
             *page_routes(PAGE),
         ]
 
@@ -207,8 +212,8 @@ class Routes:
     async def index(self, request: Request) -> Response:
         """Answer which models there are, served or not."""
         asked = await self._object(request)
-        only_ready = asked.get("ready", False)
-        if not isinstance(only_ready, bool):
+        only_ready = asked.get("ready")
+        if not isinstance(only_ready, bool | None):
             refuse("ready", only_ready, "true or false")
         rows = repository_index(self.catalog)
         return answer([row for row in rows if row["state"] == "READY" or not only_ready])
@@ -239,11 +244,14 @@ class Routes:
         if name not in self.catalog.names:
             known = ", ".join(self.catalog.names)
             raise RequestError(f"no model {name[:200]!r} here; there is {known}", 404, "model")
-        parameters = (await self._object(request)).get("parameters") or {}
-        if unknown := set(parameters) - {"unload_dependents"}:
-            refuse(
-                "parameters", ", ".join(sorted(unknown)), "none: models come from the command line"
-            )
+        asked = await self._object(request)
+        parameters = asked.get("parameters") or {}
+        if unknown := parameters.keys() - {"unload_dependents"}:
+            expected = "none: models come from the command line"
+            refuse("parameters", ", ".join(sorted(unknown)), expected)
+        for key, value in parameters.items():
+            if not isinstance(value, bool):
+                refuse(f"parameters.{key}", value, "true or false")
         return name
 
     async def _object(self, request: Request) -> dict[str, Any]:
@@ -255,8 +263,10 @@ class Routes:
             content = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise RequestError(f"the body is not JSON: {error}", reason="json") from None
-        if not isinstance(content, dict) or not isinstance(content.get("parameters", {}), dict):
-            refuse("the body", content, "an object, and one in its parameters")
+        if not isinstance(content, dict):
+            refuse("the body", content, "an object")
+        if not isinstance(content.get("parameters"), dict | None):
+            refuse("parameters", content["parameters"], "an object")
         return content
 
     async def prometheus(self, _: Request) -> Response:
@@ -287,19 +297,45 @@ def page_routes(folder: Path) -> list[Route]:
     routes = []
     for path in sorted(folder.glob("*.*")):
         if path.suffix in CONTENT_TYPES:
-            endpoint = _fixed(path.read_bytes(), CONTENT_TYPES[path.suffix])
             where = "/" if path.name == "index.html" else f"/static/{path.name}"
-            routes.append(Route(where, endpoint, methods=["GET"]))
+            routes.append(Route(where, fixed(path.read_bytes(), CONTENT_TYPES[path.suffix])))
     return routes
 
 
-def _fixed(content: bytes, content_type: str) -> Handler:
-    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-    headers = {**SECURITY, "content-type": content_type, "cache-control": "no-cache", "etag": tag}
+def docs_routes() -> list[Route]:
+    """Return the routes of Swagger UI, whose files are large and read when they are asked for."""
+    html, javascript = CONTENT_TYPES[".html"], CONTENT_TYPES[".js"]
+    routes = [
+        Route("/docs", fixed(DOCS.encode(), html, DOCS_POLICY)),
+        Route("/static/swagger-start.js", fixed(START.encode(), javascript)),
+    ]
+    for path, name in SWAGGER_UI.items():
+        content_type = CONTENT_TYPES[Path(name).suffix]
+        routes.append(Route(path, fixed(partial(bundled, name), content_type)))
+    return routes
+
+
+def fixed(content: bytes | Callable[[], bytes], content_type: str, policy: str = POLICY) -> Handler:
+    """Return what answers a file that never changes.
+
+    Args:
+        content: the file, or what reads it.
+        content_type: of it.
+        policy: its Content-Security-Policy.
+    """
 
     async def endpoint(request: Request) -> Response:
+        body = content if isinstance(content, bytes) else content()
+        tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+        headers = {
+            **SECURITY,
+            "content-security-policy": policy,
+            "content-type": content_type,
+            "cache-control": "no-cache",  # asked again each time, but sent only when it changed
+            "etag": tag,
+        }
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers)
+        return Response(body, headers=headers)
 
     return endpoint

@@ -7,12 +7,13 @@ import socket
 from collections.abc import Sequence
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.serve.app import App
+from mnist_batchnorm.serve.app import ASGI, App
 from mnist_batchnorm.serve.catalog import Catalog, Source
 from mnist_batchnorm.serve.control import Control
 from mnist_batchnorm.serve.http import Protocol, Server, configure
 from mnist_batchnorm.serve.log import log, take_over_logging
 from mnist_batchnorm.serve.metrics import Metrics
+from mnist_batchnorm.serve.protocol import HEADER_LENGTH
 from mnist_batchnorm.serve.routes import Routes
 from mnist_batchnorm.serve.settings import Settings
 
@@ -48,6 +49,23 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def cross_origin(app: App, settings: Settings) -> ASGI:
+    """Let pages of the sites that were named ask, and no others."""
+    if not settings.origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+
+    ours = ["content-type", HEADER_LENGTH.decode(), "x-request-id", "traceparent"]
+    middleware: ASGI = CORSMiddleware(
+        app,
+        allow_origins=settings.origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=[*ours, "authorization", "content-encoding"],
+        expose_headers=[*ours, "retry-after"],
+    )
+    return middleware
+
+
 def serve(sources: Sequence[Source], settings: Settings, listener: socket.socket) -> None:
     """Serve in this process until SIGTERM or SIGINT.
 
@@ -64,7 +82,7 @@ def serve(sources: Sequence[Source], settings: Settings, listener: socket.socket
     routes = Routes(catalog, control, settings, metrics, lambda: server.draining)
     app = App(catalog, settings, metrics, routes)
     protocol = type("BoundProtocol", (Protocol,), {"settings": settings, "app_of_server": app})
-    server = Server(configure(app, settings, protocol), app, settings)
+    server = Server(configure(cross_origin(app, settings), settings, protocol), app, settings)
     gc.enable()
     gc.freeze()  # what is here now stays, so the collector need not look at it again
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
