@@ -1,0 +1,329 @@
+"""The command: what it starts with, whom it answers, and what it refuses to serve."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from mnist_batchnorm import serve
+from mnist_batchnorm.errors import UserError
+from tests import commands
+from tests.conftest import ROOT
+from tests.serving import Server, lay, running
+
+TOKEN = "0123456789abcdef"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+STROKE = {
+    "name": "image",
+    "datatype": "UINT8",
+    "shape": [1, 28, 28],
+    "data": [[[0] * 28] * 4 + [[0] * 13 + [255] * 2 + [0] * 13] * 20 + [[0] * 28] * 4],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    lay(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def start(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
+    """Exit status and last line of a server that should not come up."""
+    words = ("mnist-bn", "serve", "--port", "0", *arguments)
+    status, err = commands.run(folder, *words, env=commands.environment(**env))
+    return status, err.strip().splitlines()[-1]
+
+
+def get(server: Server, path: str, **headers: str) -> requests.Response:
+    return requests.get(f"{server.url}{path}", headers=headers, timeout=10)
+
+
+# --- which files ------------------------------------------------------------------------------
+
+
+def test_an_altered_file_is_not_served(folder: Path) -> None:
+    altered = bytearray((folder / "models/bn.onnx").read_bytes())
+    altered[-1] ^= 1
+    (folder / "models/bn.onnx").write_bytes(altered)
+
+    status, says = start(folder)
+
+    assert status == 1
+    assert "models/bn.onnx is not served" in says
+    assert "run `dvc repro verify`" in says
+
+
+@pytest.mark.parametrize("report", [None, "{", '{"schema": 1}'], ids=["none", "half", "empty"])
+def test_nothing_is_served_without_the_gates_report(folder: Path, report: str | None) -> None:
+    path = folder / "reports/parity.json"
+    path.unlink() if report is None else path.write_text(report)
+
+    status, says = start(folder)
+
+    assert status == 1
+    assert "reports/parity.json" in says
+
+
+def test_what_failed_a_check_is_not_served(folder: Path) -> None:
+    report = json.loads((folder / "reports/parity.json").read_text())
+    report["graphs"]["bn-folded.onnx"]["checks"][2]["status"] = "failed"
+    (folder / "reports/parity.json").write_text(json.dumps(report))
+
+    status, says = start(folder)
+
+    assert status == 1
+    assert "models/bn-folded.onnx is not served" in says
+    assert "no parity" in says
+
+
+def test_unverified_is_told_everywhere(folder: Path) -> None:
+    (folder / "reports/parity.json").unlink()
+
+    with running("--allow-unverified", folder=folder) as server:
+        metadata = get(server, "/v2/models/mnist-bn").json()
+        metrics = get(server, "/metrics").text
+        warnings = [line for line in server.log() if line["level"] == "warning"]
+
+    assert metadata["parameters"]["verified"] is False
+    assert "no reports/parity.json" in metadata["parameters"]["unverified_because"]
+    assert re.search(r'model_info{.*model="mnist-bn".*verified="false".*} 1.0', metrics)
+    assert {line["event"] for line in warnings} == {"unverified"}
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("none.onnx", "no none.onnx; run `dvc repro export` first"), ("reports", "cannot be read")],
+)
+def test_a_missing_file_is_told(folder: Path, file: str, says: str) -> None:
+    status, told = start(folder, file)
+
+    assert status == 2
+    assert says in told
+
+
+def test_what_is_no_model_is_told(folder: Path) -> None:
+    (folder / "x.onnx").write_bytes(b"no model")
+
+    status, says = start(folder, "x.onnx", "--allow-unverified")
+
+    assert status == 2
+    assert "x.onnx is no ONNX model that runs" in says
+
+
+def test_versions_side_by_side(folder: Path) -> None:
+    (folder / "models/bn.onnx").rename(folder / "old.onnx")
+
+    with running("digits=models/bn-folded.onnx", "digits=old.onnx", folder=folder) as server:
+        first, second = get(server, "/v2/models/digits").json()["versions"]
+        answers = [
+            requests.post(
+                f"{server.url}/v2/models/digits{path}/infer", json={"inputs": [STROKE]}, timeout=10
+            ).json()["model_version"]
+            for path in ("", f"/versions/{first}", f"/versions/{second}")
+        ]
+
+    assert answers == [first, first, second]
+
+
+# --- who ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
+def test_other_machines_need_a_token(folder: Path, host: str) -> None:
+    status, says = start(folder, "--host", host)
+
+    assert status == 2
+    assert "--token-file" in says
+    assert "--insecure" in says
+
+
+def test_insecure_is_a_choice(folder: Path) -> None:
+    with running("--host", "0.0.0.0", "--insecure", folder=folder) as server:
+        assert get(server, "/v2").ok
+
+
+def test_a_token_lets_in_and_is_never_logged(folder: Path) -> None:
+    (folder / "token").write_text(f"{TOKEN}\n")
+
+    with running("--host", "0.0.0.0", "--token-file", "token", folder=folder) as server:
+        assert get(server, "/v2", **BEARER).ok
+        assert get(server, "/v2", Authorization=f"bearer  {TOKEN}").ok
+        for wrong in ({}, {"Authorization": TOKEN}, {"Authorization": f"Bearer {TOKEN}0"}):
+            answer = get(server, "/v2/models/mnist-bn", **wrong)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert "Authorization" in answer.json()["error"]
+        answer = requests.post(f"{server.url}/v2/models/mnist-bn/infer", timeout=10)
+        assert answer.status_code == 401
+        assert get(server, "/metrics").status_code == 401
+        # probes have no token, and the page asks for it
+        for path in ("/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"):
+            assert get(server, path).ok
+        assert TOKEN not in json.dumps(server.log())
+        assert len(server.events("rejected")) == 5
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [("short", "16 or more"), ("0123456789abcdef 0123", "visible"), ("é" * 16, "ASCII")],
+)
+def test_a_poor_token_is_refused(folder: Path, token: str, says: str) -> None:
+    status, told = start(folder, MNIST_BN_TOKEN=token)
+
+    assert status == 2
+    assert says in told
+    assert token not in told
+
+
+def test_a_token_file_must_be_there(folder: Path) -> None:
+    status, says = start(folder, "--token-file", "none")
+
+    assert (status, "none cannot be read" in says) == (2, True)
+
+
+def test_loading_needs_a_token_even_at_home(folder: Path) -> None:
+    with running(folder=folder) as server:
+        answer = requests.post(f"{server.url}/v2/repository/models/mnist-bn/unload", timeout=10)
+
+    assert answer.status_code == 403
+    assert "--token-file" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_is_this_machine(host: str) -> None:
+    assert serve.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "localhost.example.org", ""])
+def test_everything_else_is_not(host: str) -> None:
+    assert not serve.is_loopback(host)
+
+
+def test_other_sites_may_ask_only_where_named(folder: Path) -> None:
+    page = {"Origin": "https://a.example"}
+    with running("--cors", "https://a.example", folder=folder) as server:
+        named = get(server, "/v2", **page)
+        other = get(server, "/v2", Origin="https://b.example")
+    with running(folder=folder) as server:
+        nobody = get(server, "/v2", **page)
+
+    allowed = "access-control-allow-origin"
+    assert named.headers[allowed] == "https://a.example"
+    assert allowed not in other.headers
+    assert allowed not in nobody.headers
+
+
+# --- how ----------------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_told(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, says = start(folder, "--port", str(taken.getsockname()[1]))
+
+    assert status == 2
+    assert "cannot listen on 127.0.0.1" in says
+
+
+def test_requests_can_be_found_again(folder: Path) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with running("--access-log", folder=folder) as server:
+        url = f"{server.url}/v2/models/mnist-bn/infer"
+        headers = {"X-Request-Id": "mine", "traceparent": trace}
+        told = requests.post(url, json={"inputs": [STROKE]}, headers=headers, timeout=10)
+        own = requests.post(url, json={"inputs": [STROKE]}, timeout=10)
+        bad = requests.post(url, json={}, headers={**headers, "traceparent": "no"}, timeout=10)
+        lines = server.log()
+
+    assert (told.headers["x-request-id"], told.headers["traceparent"]) == ("mine", trace)
+    assert own.headers["x-request-id"] not in ("", "mine")
+    assert "traceparent" not in own.headers
+    first, second = (line for line in lines if line["event"] == "infer")
+    assert (first["request_id"], first["traceparent"], first["rows"]) == ("mine", trace, 1)
+    assert second["request_id"] == own.headers["x-request-id"]
+    (rejected,) = (line for line in lines if line["event"] == "rejected")
+    assert rejected["why"] == bad.json()["error"]
+    assert "traceparent" not in rejected
+
+
+def test_metrics_and_statistics_count(folder: Path) -> None:
+    with running(folder=folder) as server:
+        url = f"{server.url}/v2/models/mnist-bn/infer"
+        for _ in range(3):
+            requests.post(url, json={"inputs": [STROKE]}, timeout=10)
+        requests.post(url, json={}, timeout=10)
+        metrics = get(server, "/metrics").text
+        stats = get(server, "/v2/models/mnist-bn/stats").json()["model_stats"]
+        everything = get(server, "/v2/models/stats").json()["model_stats"]
+
+    version = stats[0]["version"]
+    of = f'model="mnist-bn",version="{version}"'
+    assert f"mnist_bn_requests_total{{{of}}} 3.0" in metrics
+    assert f"mnist_bn_rows_total{{{of}}} 3.0" in metrics
+    assert 'mnist_bn_rejects_total{model="mnist-bn",reason="malformed"} 1.0' in metrics
+    assert (
+        f'mnist_bn_stage_seconds_count{{model="mnist-bn",stage="infer",version="{version}"}} 3.0'
+        in metrics
+    )
+    (stat,) = stats
+    assert (stat["inference_count"], stat["execution_count"]) == (3, 3)
+    assert stat["inference_stats"]["compute_infer"]["ns"] > 0
+    assert stat in everything
+
+
+def test_the_server_imports_neither_torch_nor_mlflow() -> None:
+    modules = "run", "workers", "routes", "catalog"
+    imports = "\n".join(f"import mnist_batchnorm.serve.{name}" for name in modules)
+    script = f"{imports}\nimport sys\nprint({{'torch', 'mlflow', 'dvc'}} & set(sys.modules))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "set()\n"
+
+
+def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+
+    with pytest.raises(UserError, match=r"mnist-batchnorm\[serve\]"):
+        serve.require_extra()
+
+
+# --- the documentation -------------------------------------------------------------------------
+
+EXAMPLES = re.compile(r"```sh\n(?P<script>.*?)```\n+(?:```json\n(?P<answer>.*?)```)?", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("documented") / "pipeline"
+    lay(folder)
+    with running(folder=folder) as server:
+        yield server
+
+
+def test_the_documented_requests_are_answered_so(documented: Server, tmp_path: Path) -> None:
+    examples = list(EXAMPLES.finditer((ROOT / "docs/serving.md").read_text()))
+    for example in examples:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail"],
+            input=example["script"].replace("http://127.0.0.1:8000", documented.url),
+            cwd=tmp_path,
+            env=commands.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert skeleton(done.stdout) == skeleton(example["answer"] or ""), example["script"]
+    assert len(examples) >= 6
+
+
+def skeleton(answer: str) -> str:
+    """An answer without what depends on the network: numbers, versions and hashes."""
+    answer = re.sub(r'"(\w*version|\w*sha256)":"[^"]*"', r'"\1":""', answer)
+    return re.sub(r'"(data|versions)":\[[^]]*\]', r'"\1":[]', answer).replace("\n", "")
