@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from mnist_batchnorm import regress
-from mnist_batchnorm.layout import CHECKPOINT, MODELS, PROMOTION, REGISTERED, REGISTRY, TEST_SPLIT
+from mnist_batchnorm.layout import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    MODELS,
+    PROMOTION,
+    REGISTERED,
+    REGISTRY,
+    TEST_SPLIT,
+)
 from mnist_batchnorm.ledger import Ledger
 from mnist_batchnorm.model import load_checkpoint
 from tests.finished import PASSED, write_parity
@@ -30,7 +38,10 @@ def shifted(by: float) -> Network:
 
 
 def prepare_folder(project: Path, prepared: Path) -> None:
-    """Fill the current folder with what does not depend on the network."""
+    """Fill the current folder with what does not depend on the batch-norm network."""
+    MODELS.mkdir()
+    for path in (CHECKPOINTS["plain"], MODELS / "plain.onnx"):
+        path.write_bytes(b"whatever it is, it is not registered")
     TEST_SPLIT.parent.mkdir(parents=True)
     shutil.copy(prepared / "test.safetensors", TEST_SPLIT)
     regress.FIXTURES.mkdir(parents=True)

@@ -162,9 +162,8 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def trained(prepared: Path, params: Params) -> "Checkpoint":
-    """The batch-norm network after one epoch on the slice."""
+def train_one_epoch(variant: str, prepared: Path, params: Params) -> "Checkpoint":
+    """One of the two networks after an epoch on the slice."""
     import torch
 
     from mnist_batchnorm.fit import DeviceSplit, architecture, fit
@@ -174,16 +173,28 @@ def trained(prepared: Path, params: Params) -> "Checkpoint":
     train, valid = (
         DeviceSplit.load(prepared / f"{name}.safetensors", cpu) for name in ("train", "valid")
     )
-    network = architecture("bn", params.train)
+    network = architecture(variant, params.train)
     model = network.build(params.train.seed)
     fit(model, train, valid, params.train.model_copy(update={"epochs": 1}))
     provenance = {
-        "variant": "bn",
+        "variant": variant,
         "train_sha256": "1" * 64,
         "params": params.train.model_dump(mode="json"),
         "device": "cpu",
     }
     return Checkpoint(network, model.state_dict(), provenance)
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Path, params: Params) -> "Checkpoint":
+    """The batch-norm network after one epoch on the slice."""
+    return train_one_epoch("bn", prepared, params)
+
+
+@pytest.fixture(scope="session")
+def trained_plain(prepared: Path, params: Params) -> "Checkpoint":
+    """The network without batch norm after one epoch on the slice."""
+    return train_one_epoch("plain", prepared, params)
 
 
 @pytest.fixture(scope="session")
@@ -194,6 +205,20 @@ def weights(trained: "Checkpoint", tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("models") / "bn.safetensors"
     save_checkpoint(path, trained)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    trained: "Checkpoint", trained_plain: "Checkpoint", tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The files of both networks by variant, in one folder."""
+    from mnist_batchnorm.model import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = {variant: folder / f"{variant}.safetensors" for variant in ("bn", "plain")}
+    for variant, checkpoint in (("bn", trained), ("plain", trained_plain)):
+        save_checkpoint(paths[variant], checkpoint)
+    return paths
 
 
 @pytest.fixture

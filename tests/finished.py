@@ -15,7 +15,7 @@ from mnist_batchnorm.dataset import CLASSES, SIDE, load_split
 from mnist_batchnorm.evaluate import evaluate
 from mnist_batchnorm.files import digest, write_bytes, write_json, write_text
 from mnist_batchnorm.fit import Epoch, architecture
-from mnist_batchnorm.layout import SEED_CURVES, SEEDS, VARIANTS
+from mnist_batchnorm.layout import CHECKPOINTS, GRAPHS, SEED_CURVES, SEEDS, VARIANTS
 from mnist_batchnorm.model import Checkpoint, save_checkpoint
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.parity import Check, Diagnosis, ParityReport
@@ -62,12 +62,15 @@ def finish(project: Path, prepared: Path, params: Params) -> None:
             {"device": "cpu", "torch": "2.15.0", **asdict(curve[-1])},
         )
     write_seeds(project)
-    for name in ("bn.onnx", "bn-folded.onnx"):
+    for name in GRAPHS:
         write_bytes(project / "models" / name, tiny_graph())
     write_parity(project, PASSED)
 
 
-PICTURES = ("curves", "confusion-bn", "confusion-plain", "parity-bn", "parity-bn-folded", "seeds")
+PICTURES = (
+    *("curves", "confusion-bn", "confusion-plain", "seeds"),
+    *(f"parity-{Path(name).stem}" for name in GRAPHS),
+)
 
 
 def write_pages(project: Path) -> None:
@@ -127,20 +130,20 @@ def write_parity(
     checks: list[Check],
     diagnoses: Sequence[Diagnosis] = (),
     summary: dict[str, Any] = MEASURED,
+    about: str = "bn.onnx",
 ) -> None:
-    """Write ``reports/parity.json``: this about bn.onnx, and nothing else against either file.
+    """Write ``reports/parity.json``: this about one file, and nothing against the others.
 
     ``summary`` holds what was measured; the rest the report says itself.
     """
     models, test = Path("models"), Path("data/prepared/test.safetensors")
     found = {check.name: check for check in checks}
     checks = [found.get(check.name, check) for check in PASSED]
-    weights = models / "bn.safetensors"
 
     def report(
         name: str, checks: list[Check], diagnoses: Sequence[Diagnosis], summary: dict[str, Any]
     ) -> dict[str, Any]:
-        onnx = models / name
+        onnx, weights = models / name, CHECKPOINTS[GRAPHS[name].variant]
         judged = ParityReport(
             onnx=onnx.as_posix(),
             onnx_sha256=digest(project / onnx),
@@ -151,10 +154,8 @@ def write_parity(
         )
         return judged.to_json() | {"summary": judged.summary() | summary}
 
-    graphs = {
-        "bn.onnx": report("bn.onnx", checks, diagnoses, summary),
-        "bn-folded.onnx": report("bn-folded.onnx", PASSED, [], MEASURED),
-    }
+    graphs = {name: report(name, PASSED, [], MEASURED) for name in GRAPHS}
+    graphs[about] = report(about, checks, diagnoses, summary)
     content = {
         "schema": 1,
         "parity": all(graph["parity"] for graph in graphs.values()),

@@ -92,10 +92,10 @@ class Network:
 
     def write(self) -> None:
         """Write both graphs where the pipeline does."""
-        for name in layout.GRAPHS:
+        for name in layout.REGISTERED.values():
             path = layout.MODELS / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(self.graph(folded=name == "bn-folded.onnx"))
+            path.write_bytes(self.graph(folded=layout.GRAPHS[name].folded))
 
 
 def arrays_of(network: torch.nn.Module) -> State:

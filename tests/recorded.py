@@ -13,6 +13,8 @@ from ruamel.yaml import YAML
 from mnist_batchnorm import cli
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import (
+    CHECKPOINTS,
+    GRAPHS,
     LOCK_FILE,
     MODELS,
     PREPARED,
@@ -57,8 +59,9 @@ def record(folder: Path, prepared: Path, params: Params) -> None:
     for name in ("params.yaml", ".gitignore"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     finish(folder, prepared, params)
-    for name in ("bn", "bn-folded"):
-        sign(folder / f"models/{name}.onnx", name, digest(folder / "models/bn.safetensors"))
+    for name, exported in GRAPHS.items():
+        weights = CHECKPOINTS[exported.variant]
+        sign(folder / "models" / name, Path(name).stem, digest(folder / weights))
     write_pages(folder)
     store.make_trainable(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -91,9 +94,9 @@ def write_lock() -> None:
     tables = [
         Path(f"reports/{of}/{v}.csv") for of in ("confusion", "predictions") for v in VARIANTS
     ]
-    checkpoints = [MODELS / f"{variant}.safetensors" for variant in VARIANTS]
+    checkpoints = list(CHECKPOINTS.values())
     curves = [Path(f"reports/curves/{variant}.csv") for variant in VARIANTS]
-    graphs = [MODELS / "bn.onnx", MODELS / "bn-folded.onnx"]
+    graphs = [MODELS / name for name in GRAPHS]
     deps = entries(Path("train.py"), *splits)
     stages = {
         "prepare": {
@@ -116,7 +119,7 @@ def write_lock() -> None:
         "evaluate": {"cmd": "mnist-bn evaluate", "deps": entries(test), "outs": entries(*tables)},
         "export": {
             "cmd": "mnist-bn export",
-            "deps": entries(checkpoints[0]),
+            "deps": entries(*checkpoints),
             "params": of("export"),
             "outs": entries(*graphs),
         },

@@ -19,8 +19,8 @@ from torch import nn
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError
 from mnist_batchnorm.export import export, export_onnx
-from mnist_batchnorm.layout import GRAPHS
-from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
+from mnist_batchnorm.layout import GRAPHS, VARIANTS
+from mnist_batchnorm.model import Architecture, Checkpoint, load_checkpoint, save_checkpoint
 from mnist_batchnorm.params import ExportParams
 from tests.conftest import MnistBn
 
@@ -29,14 +29,30 @@ ALLOWED = ExportParams.model_json_schema()["properties"]["opset"]
 
 
 @pytest.fixture(scope="session")
-def exported(weights: Path) -> dict[str, bytes]:
-    return export(weights, OPSET)
+def exported(checkpoints: dict[str, Path]) -> dict[str, bytes]:
+    return {
+        name: content
+        for variant, weights in checkpoints.items()
+        for name, content in export(variant, weights, OPSET).items()
+    }
 
 
 @pytest.fixture(params=GRAPHS)
-def content(exported: dict[str, bytes], request: pytest.FixtureRequest) -> bytes:
-    """The bytes of each graph in turn."""
-    return exported[request.param]
+def name(request: pytest.FixtureRequest) -> str:
+    """Each graph in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def content(exported: dict[str, bytes], name: str) -> bytes:
+    """Its bytes."""
+    return exported[name]
+
+
+@pytest.fixture
+def origin(checkpoints: dict[str, Path], name: str) -> Path:
+    """The checkpoint that it is made from."""
+    return checkpoints[GRAPHS[name].variant]
 
 
 @pytest.fixture
@@ -68,11 +84,11 @@ def test_interface_is_named_and_its_batch_axis_symbolic(proto: onnx.ModelProto) 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 500])
 def test_graph_computes_what_the_network_computes(
-    content: bytes, trained: Checkpoint, prepared: Path, n: int
+    content: bytes, origin: Path, prepared: Path, n: int
 ) -> None:
     inputs = network_input(load_split(prepared / "test.safetensors").images[:n])
     with torch.no_grad():
-        expected = trained.model()(torch.from_numpy(inputs)).numpy()
+        expected = load_checkpoint(origin).model()(torch.from_numpy(inputs)).numpy()
     error = np.abs(logits(content, inputs) - expected).max(axis=1)
     # relative to the row's largest logit; 5e-6 is what the gate allows
     assert (error / np.abs(expected).max(axis=1)).max() < 5e-6
@@ -123,6 +139,17 @@ def test_bn_folded_onnx_has_no_batch_norm_left(
         )
 
 
+def test_plain_onnx_has_no_batch_norm_and_holds_the_weights_bit_for_bit(
+    exported: dict[str, bytes], trained_plain: Checkpoint
+) -> None:
+    proto = onnx.load_from_string(exported["plain.onnx"])
+    assert [node.op_type for node in proto.graph.node] == ["Gemm", "Relu", "Gemm", "Relu", "Gemm"]
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    assert {name: array.tobytes() for name, array in held.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in trained_plain.state.items()
+    }
+
+
 def test_other_widths_and_the_plain_network_export_too() -> None:
     model = Architecture((20, 6, 3), batch_norm=False).build(1).eval()
     content = export_onnx(model, (20,), OPSET)[False].SerializeToString()
@@ -133,14 +160,16 @@ def test_other_widths_and_the_plain_network_export_too() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("opset", range(ALLOWED["minimum"], ALLOWED["maximum"] + 1))
 def test_every_opset_that_params_allow_exports_and_runs(
-    opset: int, weights: Path, trained: Checkpoint
+    opset: int, variant: str, checkpoints: dict[str, Path]
 ) -> None:
+    weights = checkpoints[variant]
     inputs = np.random.default_rng(0).random((7, 784), dtype=np.float32)
     with torch.no_grad():
-        expected = trained.model()(torch.from_numpy(inputs)).numpy()
-    for content in export(weights, opset).values():
+        expected = load_checkpoint(weights).model()(torch.from_numpy(inputs)).numpy()
+    for content in export(variant, weights, opset).values():
         (used,) = onnx.load_from_string(content).opset_import
         assert used.version == opset
         np.testing.assert_allclose(logits(content, inputs), expected, rtol=1e-4, atol=1e-4)
@@ -168,13 +197,12 @@ def test_nothing_of_this_machine_is_inside(content: bytes, proto: onnx.ModelProt
     assert len(proto.functions) == 0
 
 
-def test_provenance_is_what_made_the_model(
-    proto: onnx.ModelProto, weights: Path, trained: Checkpoint
-) -> None:
-    params = json.dumps(trained.provenance["params"], sort_keys=True).encode()
+def test_provenance_is_what_made_the_model(proto: onnx.ModelProto, origin: Path) -> None:
+    says = load_checkpoint(origin).provenance
+    params = json.dumps(says["params"], sort_keys=True).encode()
     assert {entry.key: entry.value for entry in proto.metadata_props} == {
-        "mnist_batchnorm.weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "mnist_batchnorm.train_data_sha256": trained.provenance["train_sha256"],
+        "mnist_batchnorm.weights_sha256": hashlib.sha256(origin.read_bytes()).hexdigest(),
+        "mnist_batchnorm.train_data_sha256": says["train_sha256"],
         "mnist_batchnorm.train_params_sha256": hashlib.sha256(params).hexdigest(),
         "mnist_batchnorm.input": "float32 [batch, 784], pixel / 255, rows top to bottom",
         "mnist_batchnorm.output": "float32 [batch, 10], one logit a digit, no softmax",
@@ -183,20 +211,21 @@ def test_provenance_is_what_made_the_model(
 
 @pytest.mark.slow
 def test_another_process_makes_the_same_bytes(
-    weights: Path, exported: dict[str, bytes], tmp_path: Path
+    checkpoints: dict[str, Path], exported: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """In another folder, with other hash seeds; the checkpoint too."""
+    """In another folder, with other hash seeds; the checkpoints too."""
     program = (
         "import sys\n"
         "from pathlib import Path\n"
         "from mnist_batchnorm.export import export\n"
         "from mnist_batchnorm.model import load_checkpoint, save_checkpoint\n"
-        f"for name, content in export(Path(sys.argv[1]), {OPSET}).items():\n"
-        "    Path(name).write_bytes(content)\n"
-        "save_checkpoint(Path('bn.safetensors'), load_checkpoint(Path(sys.argv[1])))\n"
+        "for weights in map(Path, sys.argv[1:]):\n"
+        f"    for name, content in export(weights.stem, weights, {OPSET}).items():\n"
+        "        Path(name).write_bytes(content)\n"
+        "    save_checkpoint(Path(weights.name), load_checkpoint(weights))\n"
     )
     subprocess.run(
-        [sys.executable, "-c", program, weights],
+        [sys.executable, "-c", program, *checkpoints.values()],
         cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "12345"},
         check=True,
@@ -204,7 +233,7 @@ def test_another_process_makes_the_same_bytes(
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         **exported,
-        "bn.safetensors": weights.read_bytes(),
+        **{path.name: path.read_bytes() for path in checkpoints.values()},
     }
 
 
@@ -234,10 +263,19 @@ def test_network_that_is_not_frozen_is_not_exported(
         export_onnx(model, (784,), OPSET)
 
 
-def test_command_writes_both_files(
-    project: Path, weights: Path, exported: dict[str, bytes], mnist_bn: MnistBn
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_second_export_gives_the_same_bytes(
+    checkpoints: dict[str, Path], exported: dict[str, bytes], variant: str
 ) -> None:
-    shutil.copytree(weights.parent, project / "models")
+    again = export(variant, checkpoints[variant], OPSET)
+    assert again == {name: exported[name] for name in again}
+    assert again.keys() == {name for name, of in GRAPHS.items() if of.variant == variant}
+
+
+def test_command_writes_every_file(
+    project: Path, checkpoints: dict[str, Path], exported: dict[str, bytes], mnist_bn: MnistBn
+) -> None:
+    shutil.copytree(checkpoints["bn"].parent, project / "models")
     done = mnist_bn("export")
     assert done.status == 0, done.err
     assert done.out == "".join(
@@ -267,19 +305,46 @@ def test_command_refuses_a_checkpoint_that_does_not_say_what_made_it(
     assert not list(project.glob("models/*.onnx"))
 
 
-def test_command_refuses_the_network_without_batch_norm(
-    project: Path, trained: Checkpoint, mnist_bn: MnistBn
+@pytest.mark.parametrize(
+    ("variant", "taken_for", "holds"), [("plain", "bn", "without"), ("bn", "plain", "with")]
+)
+def test_command_refuses_one_network_under_the_others_name(
+    project: Path,
+    checkpoints: dict[str, Path],
+    mnist_bn: MnistBn,
+    variant: str,
+    taken_for: str,
+    holds: str,
 ) -> None:
-    plain = replace(trained.architecture, batch_norm=False)
-    checkpoint = replace(trained, architecture=plain, state=plain.build().state_dict())
-    save_checkpoint(project / "models/bn.safetensors", checkpoint)
+    shutil.copytree(checkpoints["bn"].parent, project / "models")
+    shutil.copy(checkpoints[variant], project / f"models/{taken_for}.safetensors")
     done = mnist_bn("export")
     assert done.status == 2
-    assert "holds the network without batch norm" in done.err
+    message = f"models/{taken_for}.safetensors holds the network {holds} batch norm, expected"
+    assert f"{message} {taken_for}; run `dvc repro train`" in done.err
     assert not list(project.glob("models/*.onnx"))
 
 
-def test_command_without_a_checkpoint_says_what_to_run(project: Path, mnist_bn: MnistBn) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_command_without_a_checkpoint_says_what_to_run(
+    project: Path, checkpoints: dict[str, Path], mnist_bn: MnistBn, variant: str
+) -> None:
+    shutil.copytree(checkpoints["bn"].parent, project / "models")
+    (project / f"models/{variant}.safetensors").unlink()
     done = mnist_bn("export")
     assert done.status == 2
-    assert "no models/bn.safetensors; run `dvc repro train` first" in done.err
+    assert f"no models/{variant}.safetensors; run `dvc repro train` first" in done.err
+    assert not list(project.glob("models/*.onnx"))
+
+
+def test_command_refuses_a_plain_network_that_is_not_finite(
+    project: Path, checkpoints: dict[str, Path], trained_plain: Checkpoint, mnist_bn: MnistBn
+) -> None:
+    shutil.copytree(checkpoints["bn"].parent, project / "models")
+    bias = torch.full_like(trained_plain.state["linear2.bias"], torch.nan)
+    broken = replace(trained_plain, state={**trained_plain.state, "linear2.bias": bias})
+    save_checkpoint(project / "models/plain.safetensors", broken)
+    done = mnist_bn("export")
+    assert done.status == 1
+    assert done.err == "FAILED: not finite: linear2.bias; train again\n"
+    assert not list(project.glob("models/*.onnx"))

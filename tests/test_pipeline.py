@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from mnist_batchnorm.dataset import load_split, network_input
+from mnist_batchnorm.layout import GRAPHS
 from tests.pipeline import ROOT, Project, make_project
 
 TRAININGS = "tags.dvc.stage = 'train'"  # not the runs of stage seeds
@@ -32,6 +33,7 @@ def test_everything_is_made(project: Project) -> None:
         "models/plain.safetensors",
         "models/bn.onnx",
         "models/bn-folded.onnx",
+        "models/plain.onnx",
         "reports/parity.json",
         "reports/index.html",
         "reports/metrics/data.json",
@@ -64,8 +66,9 @@ def test_both_networks_learn(project: Project) -> None:
 
 def test_onnx_file_reaches_the_measured_accuracy(project: Project) -> None:
     split = load_split(project.folder / "data/prepared/test.safetensors")
-    metrics = json.loads((project.folder / "reports/metrics/test-bn.json").read_text())
-    for name in ("bn.onnx", "bn-folded.onnx"):
+    for name, exported in GRAPHS.items():
+        path = project.folder / f"reports/metrics/test-{exported.variant}.json"
+        metrics = json.loads(path.read_text())
         session = ort.InferenceSession(project.folder / "models" / name)
         (logits,) = session.run(["logits"], {"image": network_input(split.images)})
         assert np.mean(logits.argmax(axis=1) == split.labels) == metrics["accuracy"]
@@ -74,10 +77,12 @@ def test_onnx_file_reaches_the_measured_accuracy(project: Project) -> None:
 def test_parity_report_is_about_these_files(project: Project) -> None:
     report = json.loads((project.folder / "reports/parity.json").read_text())
     assert report["parity"] is True
-    hashes = project.hashes("models/*.onnx", "models/bn.safetensors")
+    assert list(report["graphs"]) == list(GRAPHS)
+    hashes = project.hashes("models/*.onnx", "models/*.safetensors")
     for name, graph in report["graphs"].items():
         assert graph["onnx"]["sha256"] == hashes[f"models/{name}"]
-        assert graph["weights"]["sha256"] == hashes["models/bn.safetensors"]
+        weights = f"models/{GRAPHS[name].variant}.safetensors"
+        assert graph["weights"] == {"path": weights, "sha256": hashes[weights]}
         assert graph["summary"]["argmax_differences"] == 0
 
 

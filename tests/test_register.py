@@ -125,6 +125,25 @@ def test_promotion_is_what_the_ledger_says_about_the_version(mnist_bn: MnistBn) 
     assert promotion() == {"schema": 1, **version.pop("decision"), **version}
 
 
+@pytest.mark.parametrize("spoil", ["fails", "is missing", "is not in the report"])
+def test_plain_is_no_candidate_and_refuses_none(
+    folder: Path, mnist_bn: MnistBn, spoil: str
+) -> None:
+    """A plain.onnx that fails stops stage verify; it says nothing against the others."""
+    if spoil == "fails":
+        write_parity(folder, [Check("probes", "failed", "8.1 of 8 sigma")], about="plain.onnx")
+        assert json.loads(PARITY.read_text())["parity"] is False
+    elif spoil == "is missing":
+        (MODELS / "plain.onnx").unlink()
+    else:
+        report = json.loads(PARITY.read_text())
+        del report["graphs"]["plain.onnx"]
+        PARITY.write_text(json.dumps(report))
+    assert mnist_bn("register").status == 0
+    assert (promotion()["outcome"], champion(), refusals()) == ("promoted", 1, set())
+    assert promotion()["files"].keys() == REGISTERED.keys()
+
+
 # --- bad ones, each refused by its rule and no other ---------------------------------------------
 
 

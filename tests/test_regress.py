@@ -46,12 +46,21 @@ def split() -> Split:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Network) -> Path:
-    """A folder with the fixture's images and both graphs, and no goldens yet."""
+    """A folder with the fixture's images and all graphs, and no goldens yet."""
     monkeypatch.chdir(tmp_path)
     regress.FIXTURES.mkdir(parents=True)
     shutil.copy(REGRESSION / "images.safetensors", regress.IMAGES)
     network.write()
+    write_plain(network, 0.25)
     return tmp_path
+
+
+def write_plain(network: Network, shift: float) -> None:
+    """Write plain.onnx: Gemm and ReLU as in a folded graph, with a score of its own for 3."""
+    bias = network.state["linear3.bias"].copy()
+    bias[3] += shift
+    plain = replace(network, state=network.state | {"linear3.bias": bias}, weights_sha256="c" * 64)
+    (layout.MODELS / "plain.onnx").write_bytes(plain.graph(folded=True))
 
 
 @pytest.fixture
@@ -73,8 +82,8 @@ def test_unchanged_models_pass(run: MnistBn) -> None:
     assert outcome.status == 0
     for name in layout.GRAPHS:
         assert f"models/{name}: same outputs" in outcome.out
-    assert outcome.out.count("the very file that was pinned") == 2
-    assert outcome.out.count("0 of 64 changed") == 2
+    assert outcome.out.count("the very file that was pinned") == 3
+    assert outcome.out.count("0 of 64 changed") == 3
     assert outcome.err == ""
 
 
@@ -87,6 +96,39 @@ def test_same_network_in_other_files_passes(run: MnistBn) -> None:
     outcome = run()
     assert outcome.status == 0
     assert outcome.out.count("the pinned weights (aaaaaaaaaaaa), but the file is another") == 2
+    assert outcome.out.count("the pinned weights (cccccccccccc), but the file is another") == 1
+
+
+@pytest.mark.usefixtures("pinned")
+def test_plain_is_held_to_goldens_of_its_own(run: MnistBn, network: Network) -> None:
+    own = regress.PINNED["plain"]
+    assert own.read_bytes() != regress.GOLDENS.read_bytes()
+    before = {path: path.read_bytes() for path in regress.PINNED.values()}
+    write_plain(network, 0.5)
+    outcome = run("--json")
+    assert outcome.status == 1
+    graphs = json.loads(outcome.out)["graphs"]
+    assert {name: graph["same"] for name, graph in graphs.items()} == {
+        "bn.onnx": True,
+        "bn-folded.onnx": True,
+        "plain.onnx": False,
+    }
+    assert graphs["plain.onnx"]["goldens"]["path"] == own.as_posix()
+    assert graphs["bn.onnx"]["goldens"]["path"] == regress.GOLDENS.as_posix()
+    assert outcome.err.startswith(f"FAILED: plain.onnx: outputs differ from {own}; if that is")
+    assert run("--update").status == 0
+    after = {path: path.read_bytes() for path in regress.PINNED.values()}
+    assert {path for path in before if before[path] != after[path]} == {own}
+    assert run().status == 0
+
+
+@pytest.mark.usefixtures("pinned")
+def test_batch_norms_graph_is_not_plain(run: MnistBn) -> None:
+    shutil.copy(layout.MODELS / "bn-folded.onnx", layout.MODELS / "plain.onnx")
+    outcome = run()
+    assert outcome.status == 1
+    assert "models/plain.onnx: OUTPUTS CHANGED" in outcome.out
+    assert "other weights: pinned cccccccccccc, now aaaaaaaaaaaa" in outcome.out
 
 
 @pytest.mark.usefixtures("pinned")
@@ -108,6 +150,7 @@ def test_statistics_touched_by_one_forward_pass_are_reported_with_names_and_numb
     flipped = np.flatnonzero(before.argmax(axis=1) != after.argmax(axis=1))
     assert flipped.size > 0
     margin = np.diff(np.sort(after, axis=1)[:, -2:], axis=1)[:, 0]
+    assert content["graphs"].pop("plain.onnx")["same"] is True
     for report in content["graphs"].values():
         assert report["same"] is False
         assert report["max_change"] == pytest.approx(change.max(), rel=1e-3)
@@ -209,10 +252,13 @@ def test_goldens_restore_every_float32(tmp_path: Path, split: Split, logits: np.
     assert loaded.logits.tobytes() == logits.tobytes()
 
 
-def test_missing_goldens_say_how_to_pin_them(run: MnistBn) -> None:
+@pytest.mark.parametrize("path", regress.PINNED.values())
+@pytest.mark.usefixtures("pinned")
+def test_missing_goldens_say_how_to_pin_them(run: MnistBn, path: Path) -> None:
+    path.unlink()
     outcome = run()
     assert outcome.status == 2
-    assert f"no {regress.GOLDENS}" in outcome.err
+    assert f"no {path}" in outcome.err
     assert "mnist-bn regress --update" in outcome.err
 
 
@@ -396,7 +442,7 @@ def test_interrupted_update_leaves_the_old_goldens(
     assert regress.GOLDENS.read_bytes() == pinned
     assert {path.name for path in regress.FIXTURES.iterdir()} == {
         regress.IMAGES.name,
-        regress.GOLDENS.name,
+        *(path.name for path in regress.PINNED.values()),
     }
     if isinstance(fault, OSError):
         assert outcome.status == 2

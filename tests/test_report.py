@@ -52,6 +52,7 @@ PICTURES = {
     "statistics-leaving",
     "parity-bn",
     "parity-bn-folded",
+    "parity-plain",
 }
 
 
@@ -216,7 +217,7 @@ def test_page_states_the_verdict_for_these_very_files(finished: Path, page: Page
 
 def test_page_states_how_large_the_errors_are(page: Page) -> None:
     assert (
-        "Largest ONNX error 7.5e-07 of the largest logit; "
+        "Largest ONNX error, batch norm 7.5e-07 of the largest logit, plain 7.5e-07; "
         "in standard deviations of rounding: 3.04, alarm at 8" in page.text
     )
     for fact in (
@@ -230,7 +231,7 @@ def test_page_states_how_large_the_errors_are(page: Page) -> None:
         "predictions that differ from float64 0",
         "accuracy, ONNX Runtime 84.00 % accuracy, PyTorch 84.00 % accuracy, float64 84.00 %",
     ):
-        assert page.text.count(fact) == 2, fact
+        assert page.text.count(fact) == 3, fact
 
 
 def test_page_and_card_show_the_metrics(run: Path, page: Page) -> None:
@@ -318,7 +319,7 @@ def test_failed_parity_is_shown(troubled: tuple[Path, Result]) -> None:
 def test_what_could_not_be_measured_is_said_and_not_drawn(troubled: tuple[Path, Result]) -> None:
     reports, _ = troubled
     page = Page((reports / "index.html").read_text())
-    assert "Largest ONNX error 7.5e-07" in page.text  # the other file's
+    assert "Largest ONNX error, batch norm 7.5e-07" in page.text  # the other file's
     for fact in (
         "largest error, of the largest logit not measured",
         "largest error, in standard deviations of rounding not measured",
@@ -339,12 +340,35 @@ def test_file_with_a_check_not_judged_is_unproven(finished: Path) -> None:
     assert "bn-folded.onnx: parity On 500 test images" in page.text
 
 
+def test_each_networks_largest_error_is_its_own(finished: Path) -> None:
+    larger = MEASURED | {"max_relative_error": 2.5e-5, "worst_sigmas": 3.5}
+    write_parity(finished, [], summary=larger, about="plain.onnx")
+    report(read_results(), Path("reports"))
+    page = Page((finished / "reports/index.html").read_text())
+    assert (
+        "Largest ONNX error, batch norm 7.5e-07 of the largest logit, plain 2.5e-05; "
+        "in standard deviations of rounding: 3.5, alarm at 8" in page.text
+    )
+
+
+def test_plain_that_fails_is_shown(finished: Path) -> None:
+    write_parity(finished, [Check("structure", "failed", "bn1 is additional")], about="plain.onnx")
+    report(read_results(), Path("reports"))
+    page = Page((finished / "reports/index.html").read_text())
+    assert "✗ Parity NOT proven" in page.text
+    assert "plain.onnx, structure : bn1 is additional" in page.text
+    assert "bn.onnx: parity On 500 test images" in page.text
+    card = (finished / "reports/model_card.md").read_text()
+    assert "**NOT PROVEN: do not ship these files**" in card
+    assert "\n| plain.onnx | structure | **FAILED** | bn1 is additional |\n" in card
+
+
 def test_error_that_is_no_number_is_said_in_words(finished: Path) -> None:
     infinite = MEASURED | {"max_relative_error": 1e300, "worst_sigmas": 1e300}
     write_parity(finished, [Check("probes", "failed", "NaN")], summary=infinite)
     report(read_results(), Path("reports"))
     page = Page((finished / "reports/index.html").read_text())
-    assert "Largest ONNX error not finite of the largest logit" in page.text
+    assert "Largest ONNX error, batch norm not finite of the largest logit" in page.text
     assert "in standard deviations of rounding not finite" in page.text
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mnist_batchnorm import results
 from mnist_batchnorm.dataset import load_split, save_split
 from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.layout import GRAPHS
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.results import (
     CONFUSION_COLUMNS,
@@ -32,6 +33,8 @@ MADE_BY = {
     "models/bn.safetensors": "train",
     "models/bn.onnx": "export",
     "models/bn-folded.onnx": "export",
+    "models/plain.safetensors": "train",
+    "models/plain.onnx": "export",
     "reports/parity.json": "verify",
     "reports/metrics/data.json": "prepare",
     "reports/metrics/train-plain.json": "train",
@@ -67,8 +70,10 @@ def test_reads_what_the_stages_write() -> None:
     assert found.split_labels == {"train": "train", "valid": "valid"}
     assert [file.name for file in found.files] == [
         "models/bn.safetensors",
+        "models/plain.safetensors",
         "models/bn.onnx",
         "models/bn-folded.onnx",
+        "models/plain.onnx",
     ]
     for network in found.networks.values():
         right = network.predicted == found.test.labels
@@ -98,11 +103,39 @@ def test_missing_input_names_file_and_remedy(finished: Path, path: str, hint: st
         read_results()
 
 
-@pytest.mark.parametrize("path", [p for p in MADE_BY if p.endswith(".onnx") or "bn.safe" in p])
+@pytest.mark.parametrize("path", [p for p in MADE_BY if p.startswith("models/")])
 def test_verdict_about_other_bytes_is_refused(finished: Path, path: str) -> None:
     content = (finished / path).read_bytes()
     (finished / path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"parity\.json is about a {path}.*dvc repro verify"):
+        read_results()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_verdict_that_leaves_a_file_out_is_refused(finished: Path, name: str) -> None:
+    path = finished / "reports/parity.json"
+    content = json.loads(path.read_text())
+    del content["graphs"][name]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"says nothing about {name}; run `dvc repro verify`"):
+        read_results()
+
+
+def test_verdict_about_an_unknown_file_is_refused(finished: Path) -> None:
+    path = finished / "reports/parity.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["other.onnx"] = content["graphs"]["bn.onnx"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is about other\.onnx, which stage export does not"):
+        read_results()
+
+
+def test_verdict_about_plain_of_batch_norms_weights_is_refused(finished: Path) -> None:
+    path = finished / "reports/parity.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["plain.onnx"]["weights"] = content["graphs"]["bn.onnx"]["weights"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is about a models/plain\.safetensors with SHA-256"):
         read_results()
 
 
@@ -312,6 +345,30 @@ PROVEN = {
 def test_anything_that_speaks_against_parity_unproves_it(contradiction: dict[str, Any]) -> None:
     assert Parity.model_validate(PROVEN).proven
     assert not Parity.model_validate(PROVEN | contradiction).proven
+
+
+BAD = GRAPH | {"verdict": "no parity", "parity": False}
+
+
+@pytest.mark.parametrize(
+    ("parity", "graphs", "files", "proven"),
+    [
+        (True, {"a": GRAPH, "b": GRAPH}, ["a"], True),
+        (True, {"a": GRAPH, "b": GRAPH}, ["a", "b"], True),
+        (False, {"a": GRAPH, "b": BAD}, ["a"], True),  # b explains the verdict on the whole
+        (False, {"a": GRAPH, "b": BAD}, ["a", "b"], False),
+        (False, {"a": GRAPH, "b": BAD}, ["b"], False),
+        (False, {"a": GRAPH, "b": GRAPH}, ["a"], False),  # nothing does
+        (True, {"a": GRAPH}, ["b"], False),
+        (True, {"a": GRAPH}, ["a", "b"], False),
+        (True, {"a": GRAPH}, [], False),
+    ],
+)
+def test_files_are_proven_by_themselves(
+    parity: bool, graphs: dict[str, Any], files: list[str], proven: bool
+) -> None:
+    report = Parity.model_validate(PROVEN | {"parity": parity, "graphs": graphs})
+    assert report.proves(files) is proven
 
 
 def histogram(edges: list[float], counts: list[int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mnist_batchnorm.files import digest
+from mnist_batchnorm.layout import GRAPHS
 from mnist_batchnorm.origin import EXPERIMENT_TAG, WEIGHTS_TAG
 from mnist_batchnorm.store import CURVE, PARENT_TAG
 from tests import commands, services, store
@@ -92,8 +93,7 @@ def assert_once(folder: Path, results: int) -> None:
     assert_seeds_once(runs, results)
     (experiment,) = {run.info.experiment_id for run in runs}
     models = store.client(folder).search_logged_models([experiment])
-    of_runs = {r.info.run_id for r in trained if r.data.params["variant"] == "bn"}
-    assert {model.source_run_id for model in models} == of_runs
+    assert {model.source_run_id for model in models} == {run.info.run_id for run in trained}
     assert_models_once(folder, results)
 
 
@@ -102,8 +102,8 @@ def assert_models_once(folder: Path, results: int) -> None:
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
     models = client.search_logged_models(ids)
     assert {model.status for model in models} == {"READY"}
-    assert Counter(model.name for model in models) == {"bn": results, "bn-folded": results}
-    assert len({model.tags["sha256"] for model in models}) == 2 * results
+    assert Counter(model.name for model in models) == {Path(name).stem: results for name in GRAPHS}
+    assert len({model.tags["sha256"] for model in models}) == len(GRAPHS) * results
 
 
 def assert_seeds_once(runs: "list[Run]", results: int) -> None:

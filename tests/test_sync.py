@@ -15,7 +15,7 @@ import pytest
 
 from mnist_batchnorm import artefacts
 from mnist_batchnorm.address import tracking_uri
-from mnist_batchnorm.layout import VARIANTS
+from mnist_batchnorm.layout import GRAPHS, VARIANTS
 from mnist_batchnorm.origin import Origin
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.parity import Check
@@ -108,24 +108,55 @@ def test_runs_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
         assert store.history(folder, run, "curves/train_loss") == curve
         common = ["index.html", "model_card.md", "plots/curves.svg"]
         own = [f"confusion/{variant}.csv", f"plots/confusion-{variant}.svg"]
-        parity = []
-        if variant == "bn":
-            parity = ["parity.json", "plots/parity-bn.svg", "plots/parity-bn-folded.svg"]
+        files = [Path(name).stem for name, of in GRAPHS.items() if of.variant == variant]
+        parity = ["parity.json", *(f"plots/parity-{file}.svg" for file in files)]
         assert store.artefacts(folder, run) == {
             name: (folder / "reports" / name).read_bytes() for name in [*common, *own, *parity]
         }
 
 
-def test_parity_and_models_are_those_of_batch_norm(folder: Path, mnist_bn: MnistBn) -> None:
+def test_parity_and_models_are_those_of_the_network(folder: Path, mnist_bn: MnistBn) -> None:
     mnist_bn("sync")
+    for variant, run in runs_by_variant(folder).items():
+        own = {name for name, of in GRAPHS.items() if of.variant == variant}
+        assert run.data.tags["parity"] == "passed"
+        assert {name: value for name, value in run.data.metrics.items() if "parity" in name} == {
+            **{f"parity_max_relative_error/{name}": 7.5e-7 for name in own},
+            **{f"parity_worst_sigmas/{name}": 3.04 for name in own},
+        }
+        of_run = [model for model in models(folder) if model.source_run_id == run.info.run_id]
+        assert {f"{model.name}.onnx" for model in of_run} == own
+
+
+@pytest.mark.parametrize(
+    ("about", "tags"),
+    [
+        ("plain.onnx", {"bn": "passed", "plain": "failed"}),
+        ("bn-folded.onnx", {"bn": "failed", "plain": "passed"}),
+    ],
+)
+def test_one_network_without_parity_is_not_the_others_failure(
+    folder: Path, mnist_bn: MnistBn, about: str, tags: dict[str, str]
+) -> None:
+    write_parity(folder, [Check("weights", "failed", "a number differs")], about=about)
+    assert mnist_bn("sync").status == 0
+    found = {name: run.data.tags["parity"] for name, run in runs_by_variant(folder).items()}
+    assert found == tags
+
+
+def test_results_from_before_plain_was_exported(folder: Path, mnist_bn: MnistBn) -> None:
+    path = folder / "reports/parity.json"
+    content = json.loads(path.read_text())
+    del content["graphs"]["plain.onnx"]
+    path.write_text(json.dumps(content))
+    (folder / "models/plain.onnx").unlink()
+    done = mnist_bn("sync")
+    assert (done.status, done.err) == (0, "")
     runs = runs_by_variant(folder)
     assert runs["bn"].data.tags["parity"] == "passed"
-    for name in ("bn.onnx", "bn-folded.onnx"):
-        assert runs["bn"].data.metrics[f"parity_max_relative_error/{name}"] == 7.5e-7
-        assert runs["bn"].data.metrics[f"parity_worst_sigmas/{name}"] == 3.04
     assert "parity" not in runs["plain"].data.tags
-    assert not [name for name in runs["plain"].data.metrics if "parity" in name]
-    assert {model.source_run_id for model in models(folder)} == {runs["bn"].info.run_id}
+    assert "test/accuracy" in runs["plain"].data.metrics
+    assert [model.name for model in models(folder)] == ["bn", "bn-folded"]
 
 
 def test_runs_of_seeds_hold_what_the_files_hold(folder: Path, mnist_bn: MnistBn) -> None:
@@ -199,6 +230,7 @@ def test_onnx_models_are_the_files_and_can_be_served(folder: Path, mnist_bn: Mni
     assert [(model.name, model.status) for model in found] == [
         ("bn", "READY"),
         ("bn-folded", "READY"),
+        ("plain", "READY"),
     ]
     images = np.random.default_rng(0).random((5, 784), dtype=np.float32)
     for model in found:
@@ -276,7 +308,7 @@ def test_model_whose_upload_was_killed_is_replaced(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mnist_bn("sync")
-    client, (model, _) = store.client(folder), models(folder)
+    client, (model, *_) = store.client(folder), models(folder)
     experiment, run_id, sha256 = model.experiment_id, model.source_run_id, model.tags["sha256"]
     client.delete_logged_model(model.model_id)
     client.create_logged_model(experiment, "bn", run_id, tags={"sha256": sha256})
@@ -286,6 +318,7 @@ def test_model_whose_upload_was_killed_is_replaced(
     assert [(model.name, model.status) for model in models(folder)] == [
         ("bn", "READY"),
         ("bn-folded", "READY"),
+        ("plain", "READY"),
     ]
 
 
@@ -293,7 +326,7 @@ def test_model_whose_upload_was_killed_on_this_machine_is_replaced_at_once(
     folder: Path, mnist_bn: MnistBn
 ) -> None:
     mnist_bn("sync")
-    client, (model, _) = store.client(folder), models(folder)
+    client, (model, *_) = store.client(folder), models(folder)
     client.delete_logged_model(model.model_id)
     client.create_logged_model(model.experiment_id, "bn", model.source_run_id, tags=model.tags)
     assert "PENDING" in [model.status for model in models(folder)]
@@ -301,6 +334,7 @@ def test_model_whose_upload_was_killed_on_this_machine_is_replaced_at_once(
     assert [(model.name, model.status) for model in models(folder)] == [
         ("bn", "READY"),
         ("bn-folded", "READY"),
+        ("plain", "READY"),
     ]
 
 
@@ -309,7 +343,7 @@ def test_model_that_was_there_before_its_run_is_kept(folder: Path, mnist_bn: Mni
     path = folder / "models/bn.onnx"
     before = artefacts.log_onnx(opened, path, "bn", input_example, None)
     assert mnist_bn("sync").err == ""
-    assert [model.name for model in models(folder)] == ["bn", "bn-folded"]
+    assert [model.name for model in models(folder)] == ["bn", "bn-folded", "plain"]
     assert models(folder)[0].model_id == before
 
 

@@ -170,8 +170,8 @@ def test_note_does_not_tell_a_password(project: Path, monkeypatch: pytest.Monkey
 def test_store_that_shows_all_of_it(folder: Path, held: Held) -> None:
     assert len(held.runs) == 3
     assert len(held.seeds) == 4
-    assert len(held.models) == 2
-    assert len(held.folders) == 5
+    assert len(held.models) == 3
+    assert len(held.folders) == 6
     assert still_there(folder, held)
 
 

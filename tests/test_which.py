@@ -63,6 +63,17 @@ def found(mnist_bn: MnistBn, file: Path) -> Any:
     return json.loads(done.out)
 
 
+def test_plain_onnx_is_known_and_not_registered(
+    folder: Path, tmp_path: Path, mnist_bn: MnistBn
+) -> None:
+    shutil.copy(MODELS / "plain.onnx", tmp_path / "digits.onnx")
+    told = found(mnist_bn, tmp_path / "digits.onnx")
+    assert told["weights_sha256"] == digest(MODELS / "plain.safetensors")
+    assert told["run_id"] == told["run"]["run_id"] == run_id(folder, "plain")
+    assert told["source"]["path"] == "models/plain.onnx"
+    assert told["registered"] == []
+
+
 @pytest.mark.parametrize("name", ["bn.onnx", "bn-folded.onnx"])
 @pytest.mark.parametrize("called", ["bn.onnx", "model-v3", "notes.txt"])
 def test_copied_onnx_file_is_known(

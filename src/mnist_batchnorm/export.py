@@ -1,7 +1,8 @@
-"""Stage export: the trained batch-norm network to ONNX, in eval mode, with nothing but content.
+"""Stage export: the trained networks to ONNX, in eval mode, with nothing but content.
 
-Two graphs of the same network: ``bn.onnx`` keeps its BatchNormalization nodes, so that anyone can
-read the frozen statistics in the file; ``bn-folded.onnx`` has them folded into the Gemm before.
+Two graphs of the batch-norm network: ``bn.onnx`` keeps its BatchNormalization nodes, so that anyone
+can read the frozen statistics in the file; ``bn-folded.onnx`` has them folded into the Gemm before.
+``plain.onnx`` is the network without batch norm, to compare them with.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from torch import nn
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest, write_bytes
 from mnist_batchnorm.frozen import require_frozen
-from mnist_batchnorm.layout import CHECKPOINT, GRAPHS, MODELS
+from mnist_batchnorm.layout import CHECKPOINTS, GRAPHS, MODELS
 from mnist_batchnorm.model import Checkpoint, load_checkpoint
 
 INPUT, OUTPUT = "image", "logits"
@@ -111,27 +112,45 @@ def embed_provenance(proto: onnx.ModelProto, weights: Path, checkpoint: Checkpoi
     onnx.helper.set_model_props(proto, provenance(weights, checkpoint))
 
 
-def export(weights: Path, opset: int) -> dict[str, bytes]:
-    """Export a checkpoint to both graphs; the same checkpoint gives the same bytes.
-
-    Returns:
-        The bytes of each file of `GRAPHS`.
+def load_variant(variant: str, weights: Path) -> Checkpoint:
+    """Read the checkpoint of one of the two networks.
 
     Raises:
-        UserError: The checkpoint cannot be read, or has no batch norm.
-        CheckFailedError: Its statistics are missing, were never updated, or are impossible.
+        UserError: It cannot be read, or holds the other network.
     """
     checkpoint = load_checkpoint(weights)
-    if not checkpoint.architecture.batch_norm:
-        raise UserError(f"{weights} holds the network without batch norm; export takes the other")
+    if checkpoint.architecture.batch_norm != (variant == "bn"):
+        holds = "with" if checkpoint.architecture.batch_norm else "without"
+        raise UserError(
+            f"{weights} holds the network {holds} batch norm, expected {variant}; "
+            "run `dvc repro train`"
+        )
+    return checkpoint
+
+
+def export(variant: str, weights: Path, opset: int) -> dict[str, bytes]:
+    """Export one of the two networks; the same checkpoint gives the same bytes.
+
+    Returns:
+        The bytes of each of its files in `GRAPHS`.
+
+    Raises:
+        UserError: The checkpoint cannot be read, does not say what made it, or holds the other
+            network.
+        CheckFailedError: A weight is not finite, or batch norm's statistics are missing, were
+            never updated, or are impossible.
+    """
+    checkpoint = load_variant(variant, weights)
     if missing := {"train_sha256", "params"} - checkpoint.provenance.keys():
         raise UserError(
             f"{weights} does not say what made it: {', '.join(sorted(missing))} missing"
         )
     graphs = export_onnx(checkpoint.model(), checkpoint.architecture.widths[:1], opset)
     files = {}
-    for name, folded in GRAPHS.items():
-        proto = graphs[folded]
+    for name, exported in GRAPHS.items():
+        if exported.variant != variant:
+            continue
+        proto = graphs[exported.folded]
         embed_provenance(proto, weights, checkpoint)
         onnx.checker.check_model(proto, full_check=True)
         files[name] = proto.SerializeToString(deterministic=True)
@@ -140,10 +159,13 @@ def export(weights: Path, opset: int) -> dict[str, bytes]:
 
 @click.command()
 def command() -> None:
-    """Export the batch-norm network to ONNX in eval mode (models/bn.onnx, bn-folded.onnx)."""
+    """Export both networks to ONNX in eval mode (models/bn.onnx, bn-folded.onnx, plain.onnx)."""
     from mnist_batchnorm.params import load_params
 
-    files = export(CHECKPOINT, load_params().export.opset)
+    opset = load_params().export.opset
+    files: dict[str, bytes] = {}
+    for variant, weights in CHECKPOINTS.items():  # in one process: to start is most of the time
+        files |= export(variant, weights, opset)
     for name, content in files.items():
         write_bytes(MODELS / name, content)
         click.echo(f"{MODELS / name}: {len(content):,} bytes")

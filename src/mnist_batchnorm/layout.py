@@ -1,6 +1,7 @@
 """What the pipeline's files are called and where they lie, seen from the folder of dvc.yaml."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 VARIANTS = ("bn", "plain")  # the two networks
@@ -15,10 +16,26 @@ SPLITS = {name: PREPARED / f"{name}.safetensors" for name in ("train", "valid", 
 TEST_SPLIT = SPLITS["test"]
 
 MODELS = Path("models")
-CHECKPOINT = MODELS / "bn.safetensors"  # what the ONNX files are made from
-GRAPHS = {"bn.onnx": False, "bn-folded.onnx": True}  # in models/ -> whether batch norm is folded
+CHECKPOINTS = {variant: MODELS / f"{variant}.safetensors" for variant in VARIANTS}
+CHECKPOINT = CHECKPOINTS["bn"]  # of the network that is registered
 
-# Registered name -> its file in models/. Both are one network, so they share every version number.
+
+@dataclass(frozen=True)
+class Exported:
+    """What an ONNX file is: which of the two networks, and whether its batch norm is folded."""
+
+    variant: str
+    folded: bool = False
+
+
+GRAPHS = {  # in models/
+    "bn.onnx": Exported("bn"),
+    "bn-folded.onnx": Exported("bn", folded=True),
+    "plain.onnx": Exported("plain"),
+}
+
+# Registered name -> its file in models/. Both are one network, so they share every version number;
+# plain.onnx is there to be compared with, and is no candidate.
 REGISTERED = {"mnist-bn": "bn.onnx", "mnist-bn-folded": "bn-folded.onnx"}
 REGISTRY = MODELS / "registry.json"  # which version is champion, and why; in git
 

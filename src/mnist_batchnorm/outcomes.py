@@ -6,7 +6,15 @@ from pathlib import Path
 
 from mnist_batchnorm.dataset import load_split
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import MODELS, REPORTS, SEED_CURVES, SEEDS, TEST_SPLIT, VARIANTS
+from mnist_batchnorm.layout import (
+    GRAPHS,
+    MODELS,
+    REPORTS,
+    SEED_CURVES,
+    SEEDS,
+    TEST_SPLIT,
+    VARIANTS,
+)
 from mnist_batchnorm.origin import Origin, SeedsOrigin
 from mnist_batchnorm.results import (
     Floats,
@@ -88,14 +96,16 @@ def read_outcomes() -> tuple[list[Outcome], SeedsOutcome]:
 
 
 def gather(variant: str, network: Network, parity: Parity) -> Outcome:
-    """Select what concerns one network; parity and the ONNX models concern batch norm only.
+    """Select what concerns one network.
 
     Raises:
         UserError: A report is missing.
     """
+    # none of plain, of commits from before 2026-11-26
+    graphs = {name: one for name, one in parity.graphs.items() if GRAPHS[name].variant == variant}
     metrics = measurements(network)
-    tags = {}
-    models = []
+    for name, graph in graphs.items():
+        metrics |= parity_measurements(name, graph.summary)
     pictures = sorted((REPORTS / "plots").glob("*.svg"))
     others = [f"-{other}" for other in VARIANTS if other != variant]
     reports = [
@@ -103,21 +113,16 @@ def gather(variant: str, network: Network, parity: Parity) -> Outcome:
         REPORTS / f"confusion/{variant}.csv",
         REPORTS / "index.html",
         REPORTS / "model_card.md",
+        REPORTS / "parity.json",
     ]
-    if variant == "bn":
-        for name, graph in parity.graphs.items():
-            metrics |= parity_measurements(name, graph.summary)
-        tags["parity"] = "passed" if parity.proven else "failed"
-        models = [MODELS / name for name in parity.graphs]
-        reports.append(REPORTS / "parity.json")
     require(reports if pictures else [REPORTS / "plots"])
     return Outcome(
         Origin.of_files(variant, network.training),
         curve_of(network.curve),
         metrics,
-        tags,
+        {"parity": "passed" if parity.proves(graphs) else "failed"} if graphs else {},
         reports,
-        models,
+        [MODELS / name for name in graphs],
     )
 
 

@@ -18,7 +18,7 @@ from matplotlib.image import imsave
 from mnist_batchnorm import plots
 from mnist_batchnorm.dataset import CLASSES
 from mnist_batchnorm.files import write_text
-from mnist_batchnorm.layout import REPORTS
+from mnist_batchnorm.layout import GRAPHS, REPORTS, VARIANTS
 from mnist_batchnorm.params import Params
 from mnist_batchnorm.results import Floats, Moments, Results, read_results
 
@@ -247,13 +247,21 @@ def summarize(results: Results) -> dict[str, Any]:
     """Compute what the page and the card say, by the names that the templates use."""
     labels = results.test.labels
     right = {variant: n.predicted == labels for variant, n in results.networks.items()}
-    files = [graph.summary for graph in results.parity.graphs.values()]
+    graphs = results.parity.graphs
+    files = [graph.summary for graph in graphs.values()]
     return {
         "results": results,
         "names": NAMES,
         "parity": results.parity,
         "proven": results.parity.proven,
-        "worst_error": largest(file.max_relative_error for file in files),
+        "worst_error": {
+            variant: largest(
+                graph.summary.max_relative_error
+                for name, graph in graphs.items()
+                if GRAPHS[name].variant == variant
+            )
+            for variant in VARIANTS
+        },
         "worst_sigmas": largest(file.worst_sigmas for file in files),
         "alarm": largest(file.alarm_sigmas for file in files),
         "difference": paired_difference(right["bn"], right["plain"]),

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,8 @@ from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import (
     CHECKPOINT,
     CHECKPOINT_KEY,
+    CHECKPOINTS,
+    GRAPHS,
     MODELS,
     REPORTS,
     SEED_CURVES,
@@ -34,6 +36,8 @@ CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_a
 SEED_CURVE_COLUMNS = ("variant", "seed", "epoch", "valid_loss", "valid_accuracy")
 CONFUSION_COLUMNS = ("actual", *map(str, range(CLASSES)), "accuracy")
 PREDICTION_COLUMNS = ("index", "actual", "predicted", "probability")
+
+PARITY = REPORTS / "parity.json"
 
 Floats = npt.NDArray[np.float64]
 
@@ -223,8 +227,18 @@ class Parity(Record):
     @property
     def proven(self) -> bool:
         """Whether nothing in the file, on any level, speaks against parity."""
-        graphs = self.graphs.values()
-        return self.parity and bool(graphs) and all(graph.proven for graph in graphs)
+        return self.parity and self.proves(self.graphs)
+
+    def proves(self, files: Iterable[str]) -> bool:
+        """Whether nothing in the file speaks against these ONNX files.
+
+        A verdict against the whole speaks against each, unless another file's explains it.
+        """
+        found = [self.graphs.get(file) for file in files]
+        explained = self.parity or not all(graph.proven for graph in self.graphs.values())
+        return (
+            explained and bool(found) and all(graph is not None and graph.proven for graph in found)
+        )
 
 
 @dataclass(frozen=True)
@@ -531,19 +545,25 @@ def read_parity() -> Parity:
     """Read the gate's verdict and make sure that it is about the files as they are now.
 
     Raises:
-        UserError: The verdict or a file that it is about is missing, or the file has changed.
+        UserError: The verdict or a file that it is about is missing, the file has changed, or it
+            is none of `GRAPHS`.
     """
-    path = REPORTS / "parity.json"
-    parity = read_record(path, Parity, "verify")
+    parity = read_record(PARITY, Parity, "verify")
+    if unknown := sorted(parity.graphs.keys() - GRAPHS.keys()):
+        raise UserError(
+            f"{PARITY} is about {', '.join(unknown)}, which stage export does not write; "
+            "run `dvc repro verify`"
+        )
     judged: list[tuple[Path, str, JudgedFile]] = [(TEST_SPLIT, "prepare", parity.data)]
     for name, graph in parity.graphs.items():
-        judged += [(CHECKPOINT, "train", graph.weights), (MODELS / name, "export", graph.onnx)]
+        weights = CHECKPOINTS[GRAPHS[name].variant]
+        judged += [(weights, "train", graph.weights), (MODELS / name, "export", graph.onnx)]
     for file, stage, then in judged:
         if not file.is_file():
             raise UserError(f"no {file}; run `dvc repro {stage}` first")
         if (actual := digest(file)) != then.sha256:
             raise UserError(
-                f"{path} is about a {file} with SHA-256 {then.sha256[:12]}…, but the file is "
+                f"{PARITY} is about a {file} with SHA-256 {then.sha256[:12]}…, but the file is "
                 f"{actual[:12]}…; run `dvc repro verify`"
             )
     return parity
@@ -558,7 +578,10 @@ def read_results() -> Results:
     params = load_params()
     test = load_split(TEST_SPLIT)
     parity = read_parity()
-    files = [CHECKPOINT, *(MODELS / name for name in parity.graphs)]
+    # commits from before 2026-11-26 do not judge plain.onnx; sync reads those too
+    if missing := [name for name in GRAPHS if name not in parity.graphs]:
+        raise UserError(f"{PARITY} says nothing about {', '.join(missing)}; run `dvc repro verify`")
+    files = [*CHECKPOINTS.values(), *(MODELS / name for name in parity.graphs)]
     return Results(
         params=params,
         data=read_record(REPORTS / "metrics/data.json", DataMetrics, "prepare"),

@@ -10,9 +10,9 @@ import click
 
 from mnist_batchnorm.dataset import Split, load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.export import INPUT, OUTPUT, provenance
+from mnist_batchnorm.export import INPUT, OUTPUT, load_variant, provenance
 from mnist_batchnorm.files import digest, write_json, write_text
-from mnist_batchnorm.layout import CHECKPOINT, GRAPHS, MODELS, REPORTS, TEST_SPLIT
+from mnist_batchnorm.layout import CHECKPOINTS, GRAPHS, MODELS, REPORTS, TEST_SPLIT
 from mnist_batchnorm.model import load_checkpoint
 from mnist_batchnorm.parity import Gate, ParityReport
 
@@ -21,13 +21,14 @@ ERRORS = REPORTS / "parity/errors.csv"
 
 
 def verify(
-    graphs: Sequence[Path], weights: Path, data: Path, opset: int
+    graphs: Sequence[Path], checkpoints: Mapping[str, Path], data: Path, opset: int
 ) -> tuple[dict[str, Any], dict[str, ParityReport]]:
     """Run the gate on each ONNX file, on all images of a split.
 
     Args:
-        graphs: the ONNX files; by its name in `GRAPHS` each must be folded, or must not.
-        weights: the checkpoint that they should be.
+        graphs: the ONNX files; its name in `GRAPHS` says which network each must be, and whether
+            folded.
+        checkpoints: of both networks, by variant.
         data: the split.
         opset: of ONNX's own operators, as exported.
 
@@ -36,25 +37,28 @@ def verify(
         each file by its name.
 
     Raises:
-        UserError: A file is missing or is not what its name says.
+        UserError: A file is missing, or a checkpoint is not what its name says.
     """
     if missing := [path.as_posix() for path in graphs if not path.is_file()]:
         raise UserError(f"no {', '.join(missing)}; run `dvc repro export` first")
     split = load_split(data)
-    gate = gate_of(weights, split)
-    expected = provenance(weights, load_checkpoint(weights))
-    reports = {
-        path.name: gate.check(
+    origins = {
+        variant: provenance(weights, load_variant(variant, weights))
+        for variant, weights in checkpoints.items()
+    }
+    gates = {variant: gate_of(weights, split) for variant, weights in checkpoints.items()}
+    reports = {}
+    for path in graphs:
+        expected = GRAPHS[path.name]
+        reports[path.name] = gates[expected.variant].check(
             path,
             input_name=INPUT,
             output_name=OUTPUT,
             opset=opset,
-            folded=GRAPHS[path.name],
-            provenance=expected,
+            folded=expected.folded,
+            provenance=origins[expected.variant],
             require_provenance=True,
         )
-        for path in graphs
-    }
     content = {
         "schema": 1,
         "parity": all(report.parity for report in reports.values()),
@@ -93,7 +97,7 @@ def error_table(reports: Mapping[str, ParityReport], images: int) -> str:
 def command(onnx: Path | None, weights: Path | None, as_json: bool) -> None:
     """Prove that ONNX Runtime computes what PyTorch computes.
 
-    Without options, the stage: judges models/bn.onnx and models/bn-folded.onnx, writes
+    Without options, the stage: judges models/bn.onnx, bn-folded.onnx and plain.onnx, writes
     reports/parity.json and reports/parity/. With --onnx and --weights, judges those two files and
     writes nothing. Exit status: 0 parity, 1 no parity, 2 cannot be judged.
     """
@@ -109,16 +113,21 @@ def _stage() -> None:
     from mnist_batchnorm.params import load_params
 
     graphs = [MODELS / name for name in GRAPHS]
-    content, reports = verify(graphs, CHECKPOINT, TEST_SPLIT, load_params().export.opset)
+    content, reports = verify(graphs, CHECKPOINTS, TEST_SPLIT, load_params().export.opset)
     write_json(REPORT, content)
     write_text(ERRORS, error_table(reports, content["data"]["images"]))
     for report in reports.values():
         click.echo(report.table())
-    if failed := [report.onnx for report in reports.values() if not report.parity]:
-        raise CheckFailedError(
-            f"{', '.join(failed)} does not compute what {CHECKPOINT} computes; "
-            f"every check with its evidence is in {REPORT}"
-        )
+    failed: dict[str, list[str]] = {}
+    for report in reports.values():
+        if not report.parity:
+            failed.setdefault(report.weights, []).append(report.onnx)
+    if failed:
+        found = [
+            f"{', '.join(files)} does not compute what {weights} computes"
+            for weights, files in failed.items()
+        ]
+        raise CheckFailedError(f"{'; '.join(found)}; every check with its evidence is in {REPORT}")
 
 
 def _judge(onnx: Path, weights: Path, as_json: bool) -> None:

@@ -153,7 +153,7 @@ def test_checkpoint_of_this_project_needs_no_model(mlp: Case, tmp_path: Path, na
     provenance = {"variant": "bn", "train_sha256": "0" * 64, "params": {}, "device": "cpu"}
     architecture = Architecture((784, 32, 32, 10), batch_norm=True)
     save_checkpoint(weights, Checkpoint(architecture, mlp.state, provenance))
-    file.write_bytes(export(weights, OPSET)[name])
+    file.write_bytes(export("bn", weights, OPSET)[name])
     report = check(file, weights)
     assert report.parity, report.table()
 

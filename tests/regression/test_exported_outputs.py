@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from mnist_batchnorm.dataset import CLASSES, Split, load_split, network_input
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import GRAPHS
+from mnist_batchnorm.layout import REGISTERED
 from mnist_batchnorm.params import load_params
 from mnist_batchnorm.regress import (
     BATCH_SIZES,
@@ -51,7 +51,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from mnist_batchnorm.export import export
-for name, content in export(Path(sys.argv[1]), int(sys.argv[2])).items():
+for name, content in export("bn", Path(sys.argv[1]), int(sys.argv[2])).items():
     Path(name).write_bytes(content)
 """
 
@@ -91,7 +91,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         return first.result(), second.result()
 
 
-@pytest.fixture(scope="module", params=GRAPHS)
+@pytest.fixture(scope="module", params=REGISTERED.values())
 def graph(exports: tuple[Path, Path], request: pytest.FixtureRequest) -> Graph:
     return load_graph(exports[0] / request.param)
 
@@ -156,13 +156,13 @@ def test_operators(exports: tuple[Path, Path], name: str, operators: str) -> Non
             assert given.get("training_mode", 0) == 0
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", REGISTERED.values())
 def test_file_bytes_are_stable(exports: tuple[Path, Path], name: str) -> None:
     first, second = ((folder / name).read_bytes() for folder in exports)
     assert first == second
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", REGISTERED.values())
 def test_file_names_no_path_of_this_machine(exports: tuple[Path, Path], name: str) -> None:
     content = (exports[0] / name).read_bytes()
     for path in (str(ROOT), sys.prefix, ".py"):

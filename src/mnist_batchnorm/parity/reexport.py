@@ -52,11 +52,16 @@ def check_reexport(fresh: FreshExport, chain: Chain, pairs: list[Pair]) -> Check
         why = f"torch.onnx cannot export the network: {one_line(error)}"
         return Check("re-export", "not judged", why)
     exporter = f"a fresh export by torch {torch.__version__.partition('+')[0]}"
-    for folded, new in chains.items():
-        if not chain.problems and not _chain_differences(chain, new):
-            form = "folded" if folded else "kept"
-            how = f"equal, bit for bit, to {exporter} with batch norm {form}"
-            return Check("re-export", "passed", how, {"equal_to": form})
+    forms = [
+        "folded" if folded else "kept"
+        for folded, new in chains.items()
+        if not chain.problems and not _chain_differences(chain, new)
+    ]
+    if forms:
+        how = f"equal, bit for bit, to {exporter}"
+        if len(forms) < len(chains):  # else there is no batch norm that could be folded
+            how += f" with batch norm {forms[0]}"
+        return Check("re-export", "passed", how, {"equal_to": " and ".join(forms)})
     if not pairs:
         found = min((_chain_differences(chain, new) for new in chains.values()), key=len)
         return verdict("re-export", chain.problems + found, "", {"equal_to": None})

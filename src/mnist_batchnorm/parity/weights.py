@@ -120,18 +120,26 @@ def check_weights(pairs: list[Pair]) -> Check:
         evidence, trouble = _judge(tensor)
         problems += trouble
         worst = max(worst, evidence, key=lambda e: e["fraction_of_limit"])
+    statistics = sum(
+        array.size
+        for layer in expected
+        for name, array in tensors_of(layer).items()
+        if name.startswith("running_")
+    )
     numbers = sum(tensor.exact.size for tensor in stored)
     folded = sum(tensor.exact.size for tensor in stored if tensor.limit is not None)
     how = [
         f"{numbers - folded:,} numbers equal, bit for bit" * (folded < numbers),
         f"{folded:,} within {worst['fraction_of_limit']:.2g} of the rounding that folding allows"
         * (folded > 0),
+        "no running statistics: the network has no batch norm" * (not statistics),
     ]
     return verdict(
         "weights",
         problems,
-        "; ".join(filter(None, how)) or "the network has no weights",
-        {"numbers": numbers, "folded_numbers": folded} | ({"worst": worst} if folded else {}),
+        "; ".join(filter(None, how)) if numbers else "the network has no weights",
+        {"numbers": numbers, "folded_numbers": folded, "running_statistics": statistics}
+        | ({"worst": worst} if folded else {}),
     )
 
 
