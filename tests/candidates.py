@@ -11,7 +11,6 @@ import numpy as np
 from mnist_batchnorm import regress
 from mnist_batchnorm.layout import (
     CHECKPOINT,
-    CHECKPOINTS,
     MODELS,
     PROMOTION,
     REGISTERED,
@@ -39,9 +38,7 @@ def shifted(by: float) -> Network:
 
 def prepare_folder(project: Path, prepared: Path) -> None:
     """Fill the current folder with what does not depend on the batch-norm network."""
-    MODELS.mkdir()
-    for path in (CHECKPOINTS["plain"], MODELS / "plain.onnx"):
-        path.write_bytes(b"whatever it is, it is not registered")
+    GOOD.write_plain()
     TEST_SPLIT.parent.mkdir(parents=True)
     shutil.copy(prepared / "test.safetensors", TEST_SPLIT)
     regress.FIXTURES.mkdir(parents=True)

@@ -23,10 +23,11 @@ NETWORK = Network(arrays_of(load_checkpoint(REGRESSION / "checkpoint.safetensors
 
 
 def lay(folder: Path, network: Network = NETWORK) -> None:
-    """Write what a server needs: both ONNX files of a network and the gate's verdict on them."""
+    """Write what a server needs: the ONNX files of a network and the gate's verdict on them."""
     folder.mkdir(parents=True, exist_ok=True)
     with chdir(folder):
         network.write()
+        network.write_plain()
         CHECKPOINT.write_bytes(network.state["linear3.bias"].tobytes())
         one, place = np.zeros(1, np.uint8), np.zeros(1, np.int32)
         save_split(TEST_SPLIT, Split(np.zeros((1, SIDE, SIDE), np.uint8), one, place))

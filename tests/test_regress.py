@@ -51,16 +51,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Network) -
     regress.FIXTURES.mkdir(parents=True)
     shutil.copy(REGRESSION / "images.safetensors", regress.IMAGES)
     network.write()
-    write_plain(network, 0.25)
+    network.write_plain()
     return tmp_path
-
-
-def write_plain(network: Network, shift: float) -> None:
-    """Write plain.onnx: Gemm and ReLU as in a folded graph, with a score of its own for 3."""
-    bias = network.state["linear3.bias"].copy()
-    bias[3] += shift
-    plain = replace(network, state=network.state | {"linear3.bias": bias}, weights_sha256="c" * 64)
-    (layout.MODELS / "plain.onnx").write_bytes(plain.graph(folded=True))
 
 
 @pytest.fixture
@@ -104,7 +96,7 @@ def test_plain_is_held_to_goldens_of_its_own(run: MnistBn, network: Network) -> 
     own = regress.PINNED["plain"]
     assert own.read_bytes() != regress.GOLDENS.read_bytes()
     before = {path: path.read_bytes() for path in regress.PINNED.values()}
-    write_plain(network, 0.5)
+    network.write_plain(shift=0.5)
     outcome = run("--json")
     assert outcome.status == 1
     graphs = json.loads(outcome.out)["graphs"]
