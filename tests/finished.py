@@ -22,6 +22,7 @@ from mnist_batchnorm.parity import Check, Diagnosis, ParityReport
 from mnist_batchnorm.parity.report import CHECKS
 from mnist_batchnorm.seeds import Replicas, curves, summarize
 from mnist_batchnorm.train import write_curve
+from mnist_batchnorm.verify import goldens_of
 
 PASSED = [Check(name, "passed", f"{name}: nothing against it") for name in CHECKS]
 MEASURED: dict[str, Any] = {
@@ -154,6 +155,7 @@ def write_parity(
         )
         return judged.to_json() | {"summary": judged.summary() | summary}
 
+    split = load_split(project / test)
     graphs = {name: report(name, PASSED, [], MEASURED) for name in GRAPHS}
     graphs[about] = report(about, checks, diagnoses, summary)
     content = {
@@ -162,9 +164,10 @@ def write_parity(
         "data": {
             "path": test.as_posix(),
             "sha256": digest(project / test),
-            "images": len(load_split(project / test)),
+            "images": len(split),
         },
         "versions": {"onnxruntime": "1.32.0", "onnx": "1.23.2", "torch": "2.15.0"},
+        "goldens": goldens_of(split, [project / models / name for name in graphs]),
         "graphs": graphs,
     }
     write_json(project / "reports/parity.json", content)

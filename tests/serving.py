@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_batchnorm.dataset import SIDE, Split, save_split
+from mnist_batchnorm.dataset import CLASSES, SIDE, Split, save_split
 from mnist_batchnorm.layout import CHECKPOINT, TEST_SPLIT
 from mnist_batchnorm.model import load_checkpoint
 from tests import commands
@@ -23,14 +23,15 @@ NETWORK = Network(arrays_of(load_checkpoint(REGRESSION / "checkpoint.safetensors
 
 
 def lay(folder: Path, network: Network = NETWORK) -> None:
-    """Write what a server needs: the ONNX files of a network and the gate's verdict on them."""
+    """Write what a server needs: the ONNX files of both networks and the gate's verdict on them."""
     folder.mkdir(parents=True, exist_ok=True)
     with chdir(folder):
         network.write()
         network.write_plain()
         CHECKPOINT.write_bytes(network.state["linear3.bias"].tobytes())
-        one, place = np.zeros(1, np.uint8), np.zeros(1, np.int32)
-        save_split(TEST_SPLIT, Split(np.zeros((1, SIDE, SIDE), np.uint8), one, place))
+        labels = np.arange(CLASSES, dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (CLASSES, SIDE, SIDE), np.uint8)
+        save_split(TEST_SPLIT, Split(images, labels, labels.astype(np.int32)))
         write_parity(Path(), PASSED)
 
 

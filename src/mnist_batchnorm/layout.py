@@ -37,6 +37,7 @@ GRAPHS = {  # in models/
 # Registered name -> its file in models/. Both are one network, so they share every version number;
 # plain.onnx is there to be compared with, and is no candidate.
 REGISTERED = {"mnist-bn": "bn.onnx", "mnist-bn-folded": "bn-folded.onnx"}
+SERVED = {**REGISTERED, "mnist-plain": "plain.onnx"}  # likewise, of what a server answers for
 REGISTRY = MODELS / "registry.json"  # which version is champion, and why; in git
 
 REPORTS = Path("reports")

@@ -11,7 +11,15 @@ from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
@@ -215,13 +223,32 @@ class GraphParity(Record):
         return self.parity and self.verdict == "parity" and bool(passed) and all(passed)
 
 
+class Goldens(Record):
+    """Images, and what each ONNX file computed from them when it passed.
+
+    Attributes:
+        images: uint8 ``[n, 784]`` in Base64.
+        labels: ``[n]``, the digits.
+        logits: ``[n, 10]`` of each file.
+    """
+
+    images: Base64Bytes
+    labels: list[int]
+    logits: dict[str, list[list[float]]]
+
+
 class Parity(Record):
-    """``reports/parity.json``."""
+    """``reports/parity.json``.
+
+    Attributes:
+        goldens: None in reports of version 0.1 and before.
+    """
 
     version: Literal[1] = Field(alias="schema")
     parity: bool
     data: JudgedImages
     versions: dict[str, str]
+    goldens: Goldens | None = None
     graphs: dict[str, GraphParity]
 
     @property

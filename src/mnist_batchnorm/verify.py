@@ -1,5 +1,6 @@
 """Stage verify: no ONNX file leaves the pipeline that does not compute what training left."""
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from mnist_batchnorm.dataset import Split, load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
@@ -14,7 +16,7 @@ from mnist_batchnorm.export import INPUT, OUTPUT, load_variant, provenance
 from mnist_batchnorm.files import digest, write_json, write_text
 from mnist_batchnorm.layout import CHECKPOINTS, GRAPHS, MODELS, REPORTS, TEST_SPLIT
 from mnist_batchnorm.model import load_checkpoint
-from mnist_batchnorm.parity import Gate, ParityReport
+from mnist_batchnorm.parity import Gate, ParityReport, runtime
 
 REPORT = REPORTS / "parity.json"
 ERRORS = REPORTS / "parity/errors.csv"
@@ -64,9 +66,36 @@ def verify(
         "parity": all(report.parity for report in reports.values()),
         "data": {"path": data.as_posix(), "sha256": digest(data), "images": len(split)},
         "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch")},
+        "goldens": goldens_of(split, [path for path in graphs if reports[path.name].parity]),
         "graphs": {name: report.to_json() for name, report in reports.items()},
     }
     return content, reports
+
+
+def goldens_of(split: Split, graphs: Sequence[Path]) -> dict[str, Any]:
+    """Compute what a server tries a file on before it serves it.
+
+    Args:
+        split: its first image of each digit is one.
+        graphs: ONNX files that have passed.
+
+    Returns:
+        The images, uint8 ``[n, 784]`` in Base64, their labels, and each file's logits, float32
+        ``[n, 10]``, as the shortest decimals that restore them.
+    """
+    _, first = np.unique(split.labels, return_index=True)
+    images = split.images[first]
+    logits = {
+        path.name: runtime.load(path.read_bytes()).run(network_input(images)) for path in graphs
+    }
+    return {
+        "images": base64.b64encode(images.tobytes()).decode(),
+        "labels": split.labels[first].tolist(),
+        "logits": {
+            name: [[float(str(value)) for value in row] for row in rows]
+            for name, rows in logits.items()
+        },
+    }
 
 
 def gate_of(weights: Path, split: Split | None) -> Gate:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import MODELS, REGISTERED, REPORTS
+from mnist_batchnorm.layout import MODELS, REPORTS, SERVED
 
 if TYPE_CHECKING:
     from mnist_batchnorm.serve.catalog import Source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - the variable's name
 LONG_ENOUGH = 16  # characters of a token
-NAMES = {file: name for name, file in REGISTERED.items()}
+NAMES = {file: name for name, file in SERVED.items()}
 
 seconds = click.FloatRange(min=0.0, min_open=True)
 
@@ -132,7 +132,7 @@ def sources_of(words: Sequence[str], parity: Path, *, allow_unverified: bool) ->
     """Make sources of what stands in the command line."""
     from mnist_batchnorm.serve.catalog import FileSource
 
-    files = list(words) or [str(MODELS / file) for file in REGISTERED.values()]
+    files = list(words) or [str(MODELS / file) for file in SERVED.values()]
     sources = []
     for word in files:
         name, equals, file = word.partition("=")

@@ -1,0 +1,91 @@
+"""What a file must show to be served: the gate's word for its bytes, and its golden outputs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnist_batchnorm.errors import CheckFailedError
+from mnist_batchnorm.layout import MODELS, SERVED
+from mnist_batchnorm.results import PARITY
+from mnist_batchnorm.serve import models
+from mnist_batchnorm.serve.models import Model
+from tests.serving import NETWORK, lay
+
+
+def load(name: str = "mnist-bn", *, allow_unverified: bool = False) -> Model:
+    return models.load(name, MODELS / SERVED[name], PARITY, allow_unverified=allow_unverified)
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> None:
+    report = json.loads(PARITY.read_text())
+    change(report)
+    PARITY.write_text(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("laid")
+    lay(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(laid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copytree(laid, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_proven_file_is_served(name: str) -> None:
+    model = load(name)
+
+    assert model.verified
+    assert model.version == model.sha256[:12]
+    assert model.run(np.zeros((3, 784), np.float32)).shape == (3, 10)
+
+
+def test_statistics_in_training_mode_are_seen_whatever_the_report_says(tmp_path: Path) -> None:
+    lay(tmp_path, replace(NETWORK, training_mode=1))
+
+    with pytest.raises(CheckFailedError, match="depends on which others come with it"):
+        load()
+
+
+def test_statistics_that_moved_are_seen_whatever_the_report_says() -> None:
+    def move(report: dict[str, Any]) -> None:
+        report["goldens"]["logits"]["bn.onnx"][3][0] *= 1.01
+
+    edit(move)
+
+    with pytest.raises(CheckFailedError, match="its outputs are off by"):
+        load()
+    assert load("mnist-bn-folded").verified
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda report: report.pop("goldens"), "holds no golden outputs of it"),
+        (lambda report: report["goldens"]["logits"].pop("bn.onnx"), "holds no golden outputs"),
+        (lambda report: report["goldens"]["logits"]["bn.onnx"].pop(), "that are none"),
+        (lambda report: report["goldens"].update(images="AAAA"), "that are none"),
+        (lambda report: report["goldens"].update(images=""), "holds no golden outputs"),
+        (lambda report: report["goldens"]["logits"]["bn.onnx"][0].__setitem__(0, 1e39), "off by"),
+        (lambda report: report.update(parity=False), "no parity"),
+    ],
+)
+def test_a_report_without_goldens_proves_nothing(
+    change: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    edit(change)
+
+    with pytest.raises(CheckFailedError, match=says):
+        load()
+    model = load(allow_unverified=True)
+    assert says in (model.unproven or "")
