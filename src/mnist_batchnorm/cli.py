@@ -27,6 +27,7 @@ COMMANDS = {
     "runs": "List MLflow's runs beside their commits and experiments.",
     "which": "Tell what made a model file, by its hash.",
     "serve": "Serve the proven models over the Open Inference Protocol.",
+    "predict": "Classify pictures of digits.",
     "regress": "Compare the exported model's outputs with the golden ones.",
     "promote": "Make a registered version the champion.",
     "rollback": "Put the champion before the present one back.",
