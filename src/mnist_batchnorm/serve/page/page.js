@@ -1,0 +1,242 @@
+// The page: what is drawn or chosen goes through picture.js to the networks, and their answers
+// through answers.js to the person. Nothing is stored, and only 784 pixels leave the browser.
+
+import { addRows, Column, percent, ranked, softmax, title } from "./answers.js";
+import { Board } from "./board.js";
+import { Asker, Client, ServerError } from "./client.js";
+import { decode, fit, normalize, PictureError, SIDE } from "./picture.js";
+
+const WANTED = ["mnist-bn", "mnist-plain"];
+const PAUSE = 700; // ms without a change, then the answer is read out
+
+const $ = (id) => document.getElementById(id);
+const client = new Client();
+const board = new Board($("board"), changed, say);
+const networks = new Map(); // name -> { column, asker, model, answer }
+const troubles = new Map(); // what it is about -> what a person should know
+
+let image = null; // { number, pixels } that the networks see
+let images = 0;
+let choices = 0; // of files; only the newest is shown
+let frame = 0; // that is asked for
+let [retry, reading] = [0, 0]; // timers
+
+// --- what the networks see ----------------------------------------------------------------------
+
+function changed() {
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    look();
+  });
+}
+
+function look() {
+  $("hint").hidden = !board.empty;
+  $("clear").disabled = board.empty;
+  $("undo").disabled = !board.undoable;
+  tell("picture", "");
+  clearTimeout(reading);
+  const digit = board.picture ?? drawn();
+  showSeen(digit);
+  image = digit && { number: ++images, pixels: digit.pixels };
+  if (image) ask();
+  else forget();
+}
+
+function drawn() {
+  if (board.empty) return null;
+  const ink = board.ink();
+  return ink.data.some((v) => v === 255) ? fit(ink) : null; // else a stroke beyond the edge
+}
+
+function showSeen(digit) {
+  const shown = new ImageData(SIDE, SIDE);
+  digit?.pixels.forEach((v, i) => shown.data.set([v, v, v, 255], 4 * i));
+  $("sees").getContext("2d").putImageData(shown, 0, 0);
+  $("sees").ariaLabel = digit ? "The image that the networks see" : "Nothing yet";
+  const done = digit?.done.join(", ") || "sent as it is";
+  $("done").textContent = digit ? `${done[0].toUpperCase()}${done.slice(1)}.` : "Nothing yet.";
+}
+
+async function choose(file) {
+  const choice = ++choices;
+  try {
+    const { grey, done } = await decode(file);
+    if (choice !== choices) return;
+    const digit = normalize(grey);
+    board.show({ ...digit, done: [...done, ...digit.done] });
+  } catch (error) {
+    if (!(error instanceof PictureError)) throw error;
+    if (choice === choices) tell("picture", error.message);
+  }
+}
+
+// --- what they answer ---------------------------------------------------------------------------
+
+function ask() {
+  if (image) for (const { asker } of networks.values()) asker.put(image);
+}
+
+function forget() {
+  for (const network of networks.values()) {
+    network.asker.drop();
+    network.answer = null;
+    network.column.clear();
+  }
+  $("verdict").textContent = "\u00a0";
+}
+
+function answered(network, asked, { logits, version, latency }) {
+  tell(network.name, "");
+  if (!image || networks.get(network.name) !== network) return;
+  const probabilities = softmax(logits);
+  network.answer = { number: asked.number, probabilities };
+  network.column.show(probabilities);
+  network.column.describe(network.model, latency);
+  if (version && version !== network.version) {
+    network.version = version; // another one answers now
+    describe(network).catch((error) => failed(network.name, error));
+  }
+  const all = [...networks.values()];
+  if (all.some(({ answer }) => answer?.number !== image.number)) return;
+  const tops = all.map(({ answer }) => ranked(answer.probabilities)[0]);
+  const agree = tops.every((top) => top === tops[0]);
+  const verdict = !agree
+    ? `They disagree: ${tops.join(" or ")}.`
+    : `${all.length > 1 ? "Both see" : "It sees"} a ${tops[0]}.`;
+  $("verdict").textContent = verdict;
+  clearTimeout(reading);
+  reading = setTimeout(() => say(spoken(all, verdict)), PAUSE);
+}
+
+function spoken(all, verdict) {
+  const parts = all.map(({ name, answer: { probabilities } }) => {
+    const [first, second] = ranked(probabilities);
+    return (
+      `${title(name)}: ${first}, ${percent(probabilities[first])}, ` +
+      `then ${second}, ${percent(probabilities[second])}.`
+    );
+  });
+  return [verdict, ...parts].join(" ");
+}
+
+function failed(source, error) {
+  if (!(error instanceof ServerError)) throw error;
+  networks.get(source)?.column.fade(true);
+  if (error.kind === "token") {
+    $("token").hidden = false;
+    tell(source, client.token ? `The server does not take this token: ${error.message}.` : "");
+    return;
+  }
+  tell(source, error.wait ? `${error.message} Trying again …` : error.message);
+  if (!error.wait) return;
+  clearTimeout(retry);
+  retry = setTimeout(error.kind === "busy" && networks.size ? ask : load, 1000 * error.wait);
+}
+
+// --- which networks there are -------------------------------------------------------------------
+
+async function load() {
+  try {
+    const names = await client.names();
+    const wanted = WANTED.filter((name) => names.includes(name));
+    set(wanted.length ? wanted : names.slice(0, 2));
+    await Promise.all([...networks.values()].map(describe));
+  } catch (error) {
+    failed("server", error);
+    return;
+  }
+  $("token").hidden = true;
+  for (const source of [...troubles.keys()]) if (source !== "picture") troubles.delete(source);
+  tell("server", networks.size ? "" : "The server has no model loaded.");
+  $("alone").hidden = networks.size !== 1;
+  $("alone").textContent = `This server has one of them: ${[...networks.keys()]}.`;
+  ask();
+}
+
+function set(names) {
+  if (names.join() === [...networks.keys()].join()) return;
+  for (const name of networks.keys()) troubles.delete(name);
+  networks.clear();
+  $("networks").replaceChildren();
+  for (const row of $("table").rows) while (row.cells.length > 1) row.deleteCell(-1);
+  for (const name of names) {
+    const network = { name, answer: null, column: new Column(name, $("networks"), $("table")) };
+    network.asker = new Asker(
+      ({ pixels }) => client.infer(name, pixels),
+      (asked, answer) => answered(network, asked, answer),
+      (error) => failed(name, error),
+    );
+    networks.set(name, network);
+  }
+}
+
+async function describe(network) {
+  network.model = await client.metadata(network.name);
+  network.version = network.model.version;
+  network.column.describe(network.model);
+  const doubtful = [...networks.values()].filter(({ model }) => model && !model.verified);
+  $("banner").hidden = doubtful.length === 0;
+  const reasons = doubtful.map(({ name, model }) => `${name}: ${model.because}`);
+  $("banner").textContent =
+    `UNVERIFIED. What is served may not compute what was trained. ${reasons.join("; ")}`;
+}
+
+// --- what a person is told ----------------------------------------------------------------------
+
+function tell(source, message) {
+  if (message) troubles.set(source, message);
+  else troubles.delete(source);
+  const text = [...new Set(troubles.values())].join(" ");
+  if ($("trouble").textContent !== text) $("trouble").textContent = text;
+  $("trouble").hidden = !text;
+}
+
+function say(text) {
+  $("said").textContent = text;
+}
+
+// --- what a person does -------------------------------------------------------------------------
+
+$("clear").addEventListener("click", () => board.clear());
+$("undo").addEventListener("click", () => board.undo());
+
+$("file").addEventListener("change", ({ target }) => {
+  if (target.files.length) choose(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+});
+
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files][0];
+  if (!file) return;
+  event.preventDefault();
+  choose(file);
+});
+
+document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping"); // left the window
+});
+
+document.addEventListener("drop", (event) => {
+  document.body.classList.remove("dropping");
+  const [file] = event.dataTransfer.files;
+  if (!file) return;
+  event.preventDefault();
+  choose(file);
+});
+
+$("token").addEventListener("submit", (event) => {
+  event.preventDefault();
+  client.token = $("secret").value.trim();
+  $("secret").value = "";
+  load();
+});
+
+addRows($("table"));
+load();
