@@ -53,8 +53,9 @@ ui: setup ## Show the runs in MLflow's UI on this machine (PORT=5000).
 serve: setup ## Serve the proven models on this machine (SERVE_PORT=8000).
 	@$(IN_VENV) mnist-bn serve --port $(SERVE_PORT)
 
-screenshots: setup ## Take the pictures of MLflow's UI in docs/images again (needs Chromium).
+screenshots: setup ## Take the pictures of MLflow's UI and of the server's page in docs/images again (needs Chromium).
 	@$(IN_VENV) python -m scripts.screenshots
+	@$(IN_VENV) python -m scripts.page
 
 lock: ## Resolve requirements.lock again after a change in pyproject.toml (UPGRADE=1: newest versions).
 	@$(PYTHON) scripts/setup_env.py --lock $(if $(UPGRADE),--upgrade)

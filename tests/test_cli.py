@@ -198,6 +198,7 @@ def test_wrong_usage_exits_2(line: list[str], message: str, mnist_bn: MnistBn) -
 WORDS = {
     "predict": ["predict", "any.png"],
     "promote": ["promote", "1"],
+    "serve": ["serve", "--port", "0"],
     "which": ["which", "any.onnx"],
 }  # what takes an argument
 WHAT_TO_DO = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")

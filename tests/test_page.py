@@ -380,14 +380,14 @@ def test_server_says_no(address: str, visit: Open) -> None:
 
 @needs_chromium
 def test_server_away_and_back(project: Path, visit: Open) -> None:
-    with serving.running(folder=project) as server:
+    with serving.running("mnist-bn=models/bn.onnx", folder=project) as server:
         opened = visit(server.url, complaints=True)
         shows(opened.locator("#alone"), "This server has one of them: mnist-bn.")
     draw(opened, SEVEN)
     trouble = opened.get_by_role("alert")
     shows(trouble, "The server does not answer. Trying again …")
     port = str(server.address[1])
-    with serving.running("--port", port, folder=project):
+    with serving.running("mnist-bn=models/bn.onnx", "--port", port, folder=project):
         shows(digit(opened), "7")
         assert not trouble.is_visible()
 

@@ -14,14 +14,14 @@ import numpy.typing as npt
 from mnist_batchnorm.client import Answers, Model, Pixels, Server
 from mnist_batchnorm.dataset import SIDE, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.layout import GRAPHS, MODELS, REPORTS
+from mnist_batchnorm.layout import MODELS, REPORTS, SERVED
 from mnist_batchnorm.serve import TOKEN, read_token
 
 if TYPE_CHECKING:
     from mnist_batchnorm.picture import Digit
 
 DEFAULT = "mnist-bn"
-FILES = {f"mnist-{Path(file).stem}": MODELS / file for file in GRAPHS}
+FILES = {name: MODELS / file for name, file in SERVED.items()}
 PARITY = REPORTS / "parity.json"
 
 AT_ONCE = 100  # pictures in one pass or request

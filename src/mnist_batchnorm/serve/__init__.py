@@ -113,19 +113,19 @@ def command(
             watch=watch,
             state=Path(state),
         )
-        sys.exit(run(sources_of(sources, parity, allow_unverified=allow_unverified), settings))
+        sys.exit(start(sources_of(sources, parity, allow_unverified=allow_unverified), settings))
 
 
-def run(sources: "Sequence[Source]", settings: "Settings") -> int:
+def start(sources: "Sequence[Source]", settings: "Settings") -> int:
     """Serve in one process or several until told to end; return the exit status."""
     from mnist_batchnorm.serve.run import listen, serve
     from mnist_batchnorm.serve.workers import Workers
 
-    listener = listen(settings)
-    if settings.workers == 1:
-        serve(sources, settings, listener)
-        return 0
-    return Workers(settings, listener, lambda: serve(sources, settings, listener)).run()
+    with listen(settings) as listener:
+        if settings.workers == 1:
+            serve(sources, settings, listener)
+            return 0
+        return Workers(settings, listener, lambda: serve(sources, settings, listener)).run()
 
 
 def sources_of(words: Sequence[str], parity: Path, *, allow_unverified: bool) -> "Sequence[Source]":
