@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
+    import onnx
 
     Example = Callable[[], npt.NDArray[np.float32]]
 
 REPORTS_TAG = "mnist_bn.reports"
 SHA256_TAG = "sha256"
 PLACE_TAG = "mnist_bn.place"
+REQUIRED = ("mlflow", "numpy", "onnx", "onnxruntime")  # to run a model of MLflow's ONNX flavor
 UPLOAD_TIME = 60_000  # ms after which a model that is not there yet will not come
 
 
@@ -74,13 +76,9 @@ def log_onnx(runs: Runs, path: Path, name: str, example: "Example", run_id: str 
     import mlflow
     import mlflow.onnx
     import onnx
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
 
     mlflow.set_tracking_uri(runs.uri)
     graph = onnx.load(path)
-    (image,), (logits,) = graph.graph.input, graph.graph.output
-    float32 = np.dtype(np.float32)
     (opset,) = (entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
     params: Mapping[str, str] = runs.client.get_run(run_id).data.params if run_id else {}
     model = mlflow.initialize_logged_model(
@@ -96,23 +94,42 @@ def log_onnx(runs: Runs, path: Path, name: str, example: "Example", run_id: str 
             name=name,
             model_id=model.model_id,
             run_id=run_id,
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(float32, (-1, SIDE * SIDE), image.name)]),
-                outputs=Schema([TensorSpec(float32, (-1, CLASSES), logits.name)]),
-            ),
-            input_example={image.name: example()},
-            onnx_execution_providers=["CPUExecutionProvider"],
-            # named, for MLflow would load the model and guess
-            pip_requirements=[
-                f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")
-            ],
-            save_as_external_data=False,
+            **flavor_options(graph, example()),
         )
     except Exception:
         with contextlib.suppress(Exception):  # the store may be out of reach for this as well
             runs.client.delete_logged_model(model.model_id)
         raise
     return find_model(runs, name, sha256, run_id) or str(model.model_id)
+
+
+def flavor_options(
+    graph: "onnx.ModelProto", example: "npt.NDArray[np.float32]", **versions: str
+) -> dict[str, Any]:
+    """Return what MLflow's ONNX flavor is told of a model, to log it or to save it.
+
+    Args:
+        graph: the model.
+        example: float32 ``[n, 784]``, shown as the model's input example.
+        versions: of packages to require; by default those installed.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    (image,), (logits,) = graph.graph.input, graph.graph.output
+    float32 = np.dtype(np.float32)
+    required = {name: versions.get(name) or version(name) for name in REQUIRED}
+    return {
+        "signature": ModelSignature(
+            inputs=Schema([TensorSpec(float32, (-1, SIDE * SIDE), image.name)]),
+            outputs=Schema([TensorSpec(float32, (-1, CLASSES), logits.name)]),
+        ),
+        "input_example": {image.name: example},
+        "onnx_execution_providers": ["CPUExecutionProvider"],
+        # named, for MLflow would load the model and guess
+        "pip_requirements": [f"{name}=={number}" for name, number in required.items()],
+        "save_as_external_data": False,
+    }
 
 
 def find_model(runs: Runs, name: str, sha256: str, run_id: str | None) -> str | None:

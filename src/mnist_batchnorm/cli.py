@@ -28,6 +28,7 @@ COMMANDS = {
     "which": "Tell what made a model file, by its hash.",
     "serve": "Serve the proven models over the Open Inference Protocol.",
     "predict": "Classify pictures of digits.",
+    "package": "Write what Triton, KServe or MLflow serve.",
     "regress": "Compare the exported model's outputs with the golden ones.",
     "promote": "Make a registered version the champion.",
     "rollback": "Put the champion before the present one back.",
