@@ -6,11 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
-from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import MODELS
 from mnist_batchnorm.package.kserve import LOCK
 from mnist_batchnorm.package.requirements import locked
 from tests.candidates import GOOD, lay, prepare_folder
@@ -49,16 +46,3 @@ def change_parity(change: Callable[[Any], object]) -> None:
     content = json.loads(PARITY.read_text())
     change(content)
     PARITY.write_text(json.dumps(content))
-
-
-def add_plain() -> None:
-    """Put the network without batch norm there, proven; the folded graph stands in for it."""
-    graph = onnx.load(MODELS / "bn-folded.onnx")
-    graph.doc_string = "plain"
-    onnx.save(graph, MODELS / "plain.onnx")
-
-    def add(content: Any) -> None:
-        judged = {"path": "models/plain.onnx", "sha256": digest(MODELS / "plain.onnx")}
-        content["graphs"]["plain.onnx"] = content["graphs"]["bn-folded.onnx"] | {"onnx": judged}
-
-    change_parity(add)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as proto
 from tritonclient.utils import InferenceServerException
 
-from mnist_batchnorm.layout import MODELS, REGISTERED
-from mnist_batchnorm.package.proven import read_proven
+from mnist_batchnorm.layout import MODELS
+from mnist_batchnorm.package.proven import SERVED, read_proven
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.serve.settings import Settings
 from tests import commands
@@ -82,31 +82,47 @@ def ask_http(port: int, method: str, path: str, body: bytes | None = None) -> tu
 
 def expected(name: str, images: Float32) -> Float32:
     """What ONNX Runtime computes in this process."""
-    return runtime.load((MODELS / REGISTERED[name]).read_bytes()).run(images)
+    return runtime.load((MODELS / SERVED[name]).read_bytes()).run(images)
 
 
 def ask(
-    url: str, name: str, images: Float32, *, binary: bool, headers: dict[str, str] | None = None
+    url: str,
+    name: str,
+    version: str,
+    images: Float32,
+    *,
+    binary: bool,
+    headers: dict[str, str] | None = None,
 ) -> Float32:
-    """Ask a model of version 1 over HTTP: the one client for every engine."""
+    """Ask a model over HTTP: the one client for every engine."""
     with oip_http.InferenceServerClient(url, network_timeout=60.0) as client:
         tensor = oip_http.InferInput("image", images.shape, "FP32")
         tensor.set_data_from_numpy(images, binary_data=binary)
         output = oip_http.InferRequestedOutput("logits", binary_data=binary)
         # a copy: the client keeps a header of its own in it
-        answer = client.infer(name, [tensor], "1", [output], headers=dict(headers or {}))
+        answer = client.infer(name, [tensor], version, [output], headers=dict(headers or {}))
         described = answer.get_response()
-        assert (described["model_name"], described["model_version"]) == (name, "1")
+        assert (described["model_name"], described["model_version"]) == (name, version)
         logits: Float32 = answer.as_numpy("logits")
         return logits
 
 
-def require_same(url: str, *, binary: bool, headers: dict[str, str] | None = None) -> None:
-    """Hold every model's answers to ONNX Runtime's in this process, bit for bit."""
-    images = read_proven().images
-    for name in REGISTERED:
+def require_same(
+    url: str,
+    *,
+    binary: bool,
+    versions: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> None:
+    """Hold every model's answers to ONNX Runtime's in this process, bit for bit.
+
+    The versions are those of ``mnist-bn serve`` unless others are given.
+    """
+    proven = read_proven()
+    images, known = proven.images, {model.name: model.version for model in proven.models}
+    for name, version in (versions or known).items():
         for rows in ROWS:
-            logits = ask(url, name, images[:rows], binary=binary, headers=headers)
+            logits = ask(url, name, version, images[:rows], binary=binary, headers=headers)
             assert logits.tobytes() == expected(name, images[:rows]).tobytes()
 
 
@@ -125,7 +141,7 @@ def require_example(folder: Path, answer: Callable[[str, bytes], tuple[int, byte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.parametrize("name", SERVED)
 def test_mlflow_models_serve(package: Package, proven: Path, name: str) -> None:
     folder, port = package("mlflow"), free_port()
     words = ["mlflow", "models", "serve", "-m", f"{folder / name}", "--env-manager", "local"]
@@ -204,7 +220,7 @@ def triton(repository: Path, folder: Path) -> Iterator[tuple[commands.Command, i
     server = program(TRITON)
     home, python = server.parent.parent, f"{sys.version_info.major}.{sys.version_info.minor}"
     packages, backends = home.parent.parent, folder / "backends"
-    wanted = f"onnxruntime-{version('onnxruntime')}.dist-info"
+    wanted = f"onnxruntime-{metadata.version('onnxruntime')}.dist-info"
     assert (packages / wanted).is_dir(), f"{packages} lacks {wanted}, whose bits are compared"
     shutil.copytree(home / "backends", backends)
     stub = "triton_python_backend_stub"
@@ -238,26 +254,26 @@ def test_triton(package: Package, tmp_path: Path) -> None:
     work.mkdir()
     with triton(repository, work) as (command, port, grpc_port):
         url = f"{HOST}:{port}"
-        require_same(url, binary=True)
-        require_same(url, binary=False)
+        require_same(url, binary=True, versions=dict.fromkeys(SERVED, "1"))
+        require_same(url, binary=False, versions=dict.fromkeys(SERVED, "1"))
         require_example(folder, lambda path, body: ask_http(port, "POST", path, body))
         require_warm(folder, command.err)
         require_described(folder, url)
         images = read_proven().images
         too_many = np.zeros((Settings().limits.rows + 1, 784), np.float32)
         with pytest.raises(InferenceServerException, match="batch-size must be <= 10000"):
-            ask(url, "mnist-bn", too_many, binary=True)
+            ask(url, "mnist-bn", "1", too_many, binary=True)
         with oip_grpc.InferenceServerClient(f"{HOST}:{grpc_port}") as client:
             tensor = oip_grpc.InferInput("image", images.shape, "FP32")
             tensor.set_data_from_numpy(images)
-            for name in REGISTERED:
+            for name in SERVED:
                 logits = client.infer(name, [tensor], "1").as_numpy("logits")
                 assert logits.tobytes() == expected(name, images).tobytes()
 
 
 def require_warm(folder: Path, log: str) -> None:
     """Make sure that every warm-up ran before anybody asked."""
-    for name in REGISTERED:
+    for name in SERVED:
         text = (folder / name / "config.pbtxt").read_text()
         samples = text_format.Parse(text, proto.ModelConfig()).model_warmup
         assert len(samples) == 11
@@ -271,8 +287,8 @@ def require_described(folder: Path, url: str) -> None:
     """Make sure that Triton shows clients what the packaged configuration says."""
     with oip_http.InferenceServerClient(url) as client:
         index = client.get_model_repository_index()
-        assert index == [{"name": n, "version": "1", "state": "READY"} for n in REGISTERED]
-        for name in REGISTERED:
+        assert index == [{"name": n, "version": "1", "state": "READY"} for n in SERVED]
+        for name in SERVED:
             text = (folder / name / "config.pbtxt").read_text()
             packaged = text_format.Parse(text, proto.ModelConfig()).parameters
             shown = client.get_model_config(name)["parameters"]
@@ -316,5 +332,5 @@ def test_image_built_by_hand_serves(package: Package, tmp_path: Path) -> None:
         require_same(url, binary=True, headers=bearer)
         require_same(url, binary=False, headers=bearer)
         with pytest.raises(InferenceServerException, match="token"):
-            ask(url, "mnist-bn", read_proven().images[:1], binary=True)
+            ask(url, "mnist-bn", "1", read_proven().images[:1], binary=True)
         assert server.stop() == 0

@@ -19,8 +19,9 @@ from ruamel.yaml import YAML
 import mnist_batchnorm
 from mnist_batchnorm.cli import COMMANDS
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import MODELS, REGISTERED
+from mnist_batchnorm.layout import MODELS
 from mnist_batchnorm.package.kserve import IMAGE, LOCK, SERVING, require_image
+from mnist_batchnorm.package.proven import SERVED
 from mnist_batchnorm.package.requirements import closure
 from mnist_batchnorm.package.templating import fill
 from mnist_batchnorm.serve import command as serve_command
@@ -184,7 +185,7 @@ def test_server_understands_its_command_line(package: Package) -> None:
         assert context.params["host"] == "0.0.0.0"
         assert context.params["port"] == int(instruction(folder, "EXPOSE"))
         assert dict(word.split("=") for word in context.params["sources"]) == {
-            name: f"models/{file}" for name, file in REGISTERED.items()
+            name: f"models/{file}" for name, file in SERVED.items()
         }
 
 
@@ -206,7 +207,7 @@ def test_evidence_travels_with_the_models(package: Package) -> None:
     root = package("kserve") / "rootfs"
     files = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
     assert files == {
-        *(MODELS / file for file in REGISTERED.values()),
+        *(MODELS / file for file in SERVED.values()),
         MODELS / "registry.json",
         PARITY,
     }

@@ -10,16 +10,16 @@ import pytest
 from mlflow.models import Model
 
 from mnist_batchnorm.layout import MODELS, REGISTERED
-from mnist_batchnorm.package.proven import read_proven
+from mnist_batchnorm.package.proven import SERVED, read_proven
 from mnist_batchnorm.parity import runtime
 from tests.conftest import MnistBn
 from tests.package.conftest import Package, change_parity
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.parametrize("name", SERVED)
 def test_mlflow_computes_what_onnx_runtime_does(package: Package, name: str) -> None:
     folder = package("mlflow") / name
-    content = (MODELS / REGISTERED[name]).read_bytes()
+    content = (MODELS / SERVED[name]).read_bytes()
     assert (folder / "model.onnx").read_bytes() == content
     images = read_proven().images
     predicted = mlflow.pyfunc.load_model(str(folder)).predict({"image": images})

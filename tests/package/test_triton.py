@@ -16,13 +16,13 @@ from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError
 from mnist_batchnorm.files import digest
 from mnist_batchnorm.layout import MODELS, REGISTERED
-from mnist_batchnorm.package.proven import ProvenModel
+from mnist_batchnorm.package.proven import SERVED, ProvenModel
 from mnist_batchnorm.package.triton import interface, quote
 from mnist_batchnorm.regress import IMAGES
 from mnist_batchnorm.serve.settings import Settings
 from tests.candidates import ALIKE, GOOD, lay, shifted
 from tests.conftest import MnistBn
-from tests.package.conftest import Package, add_plain
+from tests.package.conftest import Package
 
 TYPES = {"tensor(float)": proto.TYPE_FP32}
 FLOAT32 = 4  # bytes
@@ -33,7 +33,7 @@ def read_config(folder: Path) -> proto.ModelConfig:
     return text_format.Parse((folder / "config.pbtxt").read_text(), proto.ModelConfig())
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.parametrize("name", SERVED)
 def test_configuration_tells_the_truth_about_the_file(package: Package, name: str) -> None:
     folder = package("triton") / name
     config = read_config(folder)
@@ -63,7 +63,7 @@ def test_configuration_tells_the_truth_about_the_file(package: Package, name: st
     }
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.parametrize("name", SERVED)
 def test_warm_up_is_real_images(package: Package, name: str) -> None:
     folder = package("triton") / name
     split = load_split(IMAGES)
@@ -102,7 +102,6 @@ def test_version_folder_has_the_registered_number(package: Package, mnist_bn: Mn
 
 
 def test_plain_network_is_number_1(package: Package) -> None:
-    add_plain()
     folder = package("triton") / "mnist-plain"
     assert digest(folder / "1/model.onnx") == digest(MODELS / "plain.onnx")
     assert [*read_config(folder).version_policy.specific.versions] == [1]
@@ -122,7 +121,7 @@ def test_unregistered_model_has_no_number(mnist_bn: MnistBn) -> None:
 
 def test_nothing_but_models_is_a_folder(package: Package) -> None:
     folder = package("triton")
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {*REGISTERED}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {*SERVED}
 
 
 @pytest.mark.parametrize("batch", [1, 64])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mnist_batchnorm.dataset import Split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.layout import GRAPHS, MODELS, REGISTERED, REGISTRY, REPORTS, WEIGHTS_KEY
+from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY, REPORTS, WEIGHTS_KEY
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.regress import load_fixture
 from mnist_batchnorm.results import Parity, read_record
@@ -114,7 +114,7 @@ def read_proven() -> Proven:
     contents = {
         name: _read(MODELS / file)
         for name, file in SERVED.items()
-        if file in GRAPHS or (MODELS / file).exists()
+        if name in REGISTERED or (MODELS / file).exists()
     }
     evidence = {path: _read(path) for path in (PARITY, REGISTRY) if path.exists()}
     models = tuple(
