@@ -195,20 +195,13 @@ def test_wrong_usage_exits_2(line: list[str], message: str, mnist_bn: MnistBn) -
     assert done.out == ""
 
 
-<<<<<<< HEAD
-WORDS = {
+WORDS = {  # what takes arguments
+    "package": ["package", "triton", "out"],
     "predict": ["predict", "any.png"],
     "promote": ["promote", "1"],
     "serve": ["serve", "--port", "0"],
     "which": ["which", "any.onnx"],
-}  # what takes an argument
-=======
-WORDS = {  # what takes arguments
-    "promote": ["promote", "1"],
-    "which": ["which", "any.onnx"],
-    "package": ["package", "triton", "out"],
 }
->>>>>>> d7b1d33 (Package proven models for Triton, KServe and MLflow)
 WHAT_TO_DO = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")
 
 

@@ -1,14 +1,19 @@
 """ONNX Runtime on the CPU: quiet, with one kind of error, and no pass run twice."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from mnist_batchnorm.parity.report import one_line
+
+# Since 1.32 the Linux wheel too reports to Microsoft, and writes a device id to the home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
 
 Float32 = npt.NDArray[np.float32]
 Level = Literal["disabled", "basic", "extended", "all"]
