@@ -18,6 +18,7 @@ from mnist_batchnorm.dataset import CLASSES, network_input
 from mnist_batchnorm.serve.protocol import (
     BYTES_OF,
     INPUT,
+    LONGEST,
     OUTPUT,
     PIXELS,
     SHAPES_OF,
@@ -38,6 +39,14 @@ Float64 = npt.NDArray[np.float64]
 
 TENSOR = "inputs[0]"
 DATA = f"{TENSOR}.data"
+# simdjson counts the elements of a list in 24 bits, and pysimdjson writes more than that beyond the
+# list that it has made. An element and its comma are two bytes or more.
+LARGEST = 2 * 0xFFFFFF
+BOM = b"\xef\xbb\xbf"
+
+
+class _AmbiguousError(Exception):
+    """An object in which simdjson cannot look up every field: the other parser reads it."""
 
 
 def decode(body: bytes, json_length: int | None, limits: Limits) -> InferRequest:
@@ -52,12 +61,17 @@ def decode(body: bytes, json_length: int | None, limits: Limits) -> InferRequest
         RequestError: It is not a request that can be answered.
     """
     if json_length is None:
-        document, tail = _load(body), b""
-    elif json_length <= len(body):
-        document, tail = _load_small(body[:json_length]), body[json_length:]
-    else:
+        try:
+            return _decode(body, _load(body), b"", limits)
+        except _AmbiguousError:
+            return _decode(body, _load_small(body), b"", limits)
+    if json_length > len(body):
         expected = f"at most the body's {len(body)} bytes"
         refuse("Inference-Header-Content-Length", json_length, expected, "binary")
+    return _decode(body, _load_small(body[:json_length]), body[json_length:], limits)
+
+
+def _decode(body: bytes, document: dict[str, Any], tail: bytes, limits: Limits) -> InferRequest:
     tensor = _only_tensor(document, "inputs", INPUT)
     if tensor is None:
         refuse("inputs", None, f"a list of one tensor, {INPUT!r}")
@@ -73,7 +87,8 @@ def decode(body: bytes, json_length: int | None, limits: Limits) -> InferRequest
     elif tail:
         refuse("the body", f"{len(tail)} bytes after the JSON", "none", "binary")
     else:
-        brackets = body.count(b"[") - 2 - ("outputs" in document)  # those of inputs and shape
+        listed = isinstance(document.get("outputs"), _LIST)
+        brackets = body.count(b"[") - 2 - listed  # those of inputs and shape
         images = _images(_numbers(tensor.get("data"), shape, brackets), datatype, limits)
     request = InferRequest(images)
     if len(document) > 1:
@@ -131,7 +146,7 @@ def decode_raw(
         refuse("the body", f"{len(raw)} bytes of tensor", f"{expected}", "binary")
     if datatype == "UINT8":
         return network_input(np.frombuffer(raw, np.uint8).reshape(shape[0], PIXELS))
-    return _finite(np.frombuffer(raw, "<f4").reshape(shape[0], PIXELS), limits)
+    return _finite(np.frombuffer(raw, "<f4"), limits)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -139,7 +154,7 @@ def decode_raw(
 
 def _load_small(text: bytes) -> dict[str, Any]:
     try:
-        document = orjson.loads(text)
+        document = orjson.loads(text.removeprefix(BOM))
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not JSON: {error}", reason="json") from None
     if not isinstance(document, dict):
@@ -149,12 +164,13 @@ def _load_small(text: bytes) -> dict[str, Any]:
 
 def _load_large(text: bytes) -> dict[str, Any]:
     assert simdjson
+    if len(text) > LARGEST:
+        return _load_small(text)
     try:
         # A parser of its own: it keeps what it has read, and a traceback may keep it in turn.
         document = simdjson.Parser().parse(text)
-    except (ValueError, RuntimeError) as error:
-        _load_small(text)  # says where the mistake is, if it finds it too
-        raise RequestError(f"the body is not JSON: {error}", reason="json") from None
+    except (ValueError, RuntimeError):
+        return _load_small(text)  # says where the mistake is, unless it is an integer of 65 bits
     if not isinstance(document, simdjson.Object):
         refuse("the body", _plain(document), "an object")
     return _fields(document)
@@ -173,8 +189,18 @@ def _plain(value: Any) -> Any:
 
 
 def _fields(of: Any) -> dict[str, Any]:
-    """Return an object's fields, of which those that hold lists or objects stay unread."""
-    return {key: of[key] for key in of.keys()}  # noqa: SIM118 - pysimdjson's cannot be iterated
+    """Return an object's fields, of which those that hold lists or objects stay unread.
+
+    Raises:
+        _AmbiguousError: A name is there twice, or holds a NUL.
+    """
+    try:
+        fields = {name: of[name] for name in of.keys()}  # noqa: SIM118 - also pysimdjson's
+    except KeyError:
+        raise _AmbiguousError from None
+    if len(fields) != len(of):
+        raise _AmbiguousError
+    return fields
 
 
 def _only_tensor(document: dict[str, Any], field: str, name: str) -> dict[str, Any] | None:
@@ -212,6 +238,9 @@ def _read_rest(request: InferRequest, document: dict[str, Any]) -> None:
     parameters = _object(document, "parameters")
     request.binary = _boolean(parameters, "parameters.binary_data_output", default=False)
     request.parameters = {k: v for k, v in parameters.items() if k != "binary_data_output"}
+    for name, value in request.parameters.items():
+        if not isinstance(value, str | int | float):
+            refuse(f"parameters.{name[:LONGEST]}", value, "a string, a number or a boolean")
     listed = document.get("outputs")
     if isinstance(listed, _LIST) and not len(listed):
         return
@@ -308,14 +337,16 @@ def _images(values: Float64, datatype: str, limits: Limits) -> Float32:
         if len(wrong):
             _refuse_pixel(int(wrong[0]), f"{values[wrong[0]]:.17g}", "an integer from 0 to 255")
         return network_input(values.astype(np.uint8).reshape(-1, PIXELS))
-    return _finite(values.astype(np.float32).reshape(-1, PIXELS), limits)
+    return _finite(values, limits)
 
 
-def _finite(images: Float32, limits: Limits) -> Float32:
-    flat = images.reshape(-1)
-    # a square is finite only where its root is; where it is not, the root may be all the same
-    if isfinite(flat.dot(flat)) or limits.nonfinite or np.isfinite(flat).all():
-        return images
+def _finite(values: npt.NDArray[np.floating[Any]], limits: Limits) -> Float32:
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows here is refused by name
+        flat = values.astype(np.float32, copy=False)
+        images = flat.reshape(-1, PIXELS)
+        # a square is finite only where its root is; where it is not, the root may be all the same
+        if isfinite(flat.dot(flat)) or limits.nonfinite or np.isfinite(flat).all():
+            return images
     where = int(np.flatnonzero(~np.isfinite(flat))[0])
     expected = "a finite FP32 (the server's option --allow-nonfinite lets it pass)"
     return _refuse_pixel(where, str(flat[where]), expected, "nonfinite")

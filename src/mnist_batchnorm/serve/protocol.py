@@ -6,6 +6,7 @@ extensions to it, https://github.com/triton-inference-server/server/tree/main/do
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import Repr
 from typing import Any, NoReturn
 
 import numpy as np
@@ -28,6 +29,9 @@ SHAPES_OF: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "UINT8": ((PIXELS,), (SIDE, SIDE)),
 }
 LONGEST = 80  # characters of a value that an error repeats
+
+_brief = Repr()  # of a value that may be large, or lists in lists without end
+_brief.maxstring = _brief.maxlong = _brief.maxother = LONGEST
 
 
 class RequestError(Exception):
@@ -96,7 +100,7 @@ def refuse(
     Raises:
         RequestError: Always.
     """
-    told = "nothing" if got is None else got if isinstance(got, str) else repr(got)
+    told = "nothing" if got is None else got if isinstance(got, str) else _brief.repr(got)
     short = told if len(told) <= LONGEST else f"{told[: LONGEST - 1]}…"
     raise RequestError(f"{where}: got {short}, expected {expected}", status, reason)
 
