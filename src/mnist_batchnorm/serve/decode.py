@@ -286,6 +286,9 @@ def _numbers(data: Any, shape: Sequence[int], brackets: int) -> Float64:
         else:
             if len(values) == count:
                 return values
+    expected = shape[0] if len(data) and isinstance(data[0], _LIST) else count
+    if len(data) != expected:  # perhaps too many to make objects of them
+        _wrong_length(DATA, len(data), expected, shape)
     flat = _flatten(_plain(data), shape)
     return np.array(flat, np.float64)
 
@@ -312,17 +315,16 @@ def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
             if not isinstance(part, list):
                 refuse(_place(place, levels[:depth]), part, f"a list of {length}", "data")
             if len(part) != length:
-                refuse(
-                    _place(place, levels[:depth]),
-                    f"a list of {len(part)}",
-                    f"one of {length} for shape {list(shape)}",
-                    "data",
-                )
+                _wrong_length(_place(place, levels[:depth]), len(part), length, shape)
         flat = list(itertools.chain.from_iterable(flat))
     if not set(map(type, flat)) <= {int, float}:
         place = next(i for i, value in enumerate(flat) if type(value) not in (int, float))
         refuse(_place(place, levels), flat[place], "a number", "data")
     return flat
+
+
+def _wrong_length(where: str, got: int, expected: int, shape: Sequence[int]) -> NoReturn:
+    refuse(where, f"a list of {got}", f"one of {expected} for shape {list(shape)}", "data")
 
 
 def _place(position: int, lengths: Sequence[int]) -> str:
