@@ -1,5 +1,6 @@
 """The server's log: a JSON object a line, on stderr."""
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -10,7 +11,10 @@ import orjson
 def log(event: str, level: str = "info", **fields: object) -> None:
     """Write one event."""
     line = {"time": datetime.now(UTC), "level": level, "event": event, **fields}
-    text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z, default=str)
+    try:
+        text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z, default=str)
+    except TypeError:  # not UTF-8, as a file's name may be: written in escapes
+        text = json.dumps(line, default=str).encode() + b"\n"
     sys.stderr.buffer.write(text)
     sys.stderr.buffer.flush()
 
