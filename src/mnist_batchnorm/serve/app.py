@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sized
 from time import perf_counter
+from traceback import format_exc
 from typing import Any
 
 import orjson
@@ -59,7 +60,7 @@ class App:
         self.metrics = metrics
         self.cold = cold
         self.tasks: Sized = ()  # the server's, one for each request that is not answered yet
-        self._reading = 0
+        self._elsewhere = 0  # requests that wait for their client, or that need no model
         self._token = settings.token.encode() if settings.token else None
         self._ids = itertools.count()
         self._process = secrets.token_hex(6).encode()
@@ -86,9 +87,13 @@ class App:
             if self._token is not None and not self._allowed(scope["path"], head):
                 raise unauthorized()
             if served is None or scope["method"] != "POST":
-                await self.cold(scope, receive, send)
+                self._elsewhere += 1
+                try:
+                    await self.cold(scope, receive, send)
+                finally:
+                    self._elsewhere -= 1
                 return
-            if len(self.tasks) - self._reading > self.settings.queue:
+            if len(self.tasks) - self._elsewhere > self.settings.queue:
                 raise busy("the server is busy, try again")
             await self._infer(served, head, receive, send)
         except RequestError as error:
@@ -98,6 +103,10 @@ class App:
         except RuntimeFailedError as error:
             log("failed", "error", model=model, why=str(error))
             failure = RequestError(f"the model does not run: {error}", 500, "runtime")
+            await self._refuse(failure, model, head, receive, send)
+        except Exception as error:  # noqa: BLE001 - a bug, which must not end as plain text
+            log("failed", "error", model=model, why=repr(error), traceback=format_exc())
+            failure = RequestError("the server failed; its log says how", 500, "bug", unread=True)
             await self._refuse(failure, model, head, receive, send)
         except asyncio.CancelledError:  # the server ends and cannot wait any longer
             await self._refuse(busy("the server stops"), model, head, receive, send)
@@ -112,11 +121,11 @@ class App:
         self, served: tuple[Model, Meters], head: dict[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         model, meters = served
-        self._reading += 1
+        self._elsewhere += 1
         try:
             body = await read_body(head, receive, self.settings)
         finally:
-            self._reading -= 1
+            self._elsewhere -= 1
         began = perf_counter()
         request = decode(body, length_of(head, HEADER_LENGTH), self.settings.limits)
         parsed = perf_counter()
@@ -164,18 +173,24 @@ class App:
         receive: Receive,
         send: Send,
     ) -> None:
-        content = orjson.dumps({"error": str(error)})
+        why = str(error).encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
+        content = orjson.dumps({"error": why})
         headers = [JSON, (b"content-length", b"%d" % len(content)), *self._trace(head)]
         headers += error.headers
         if error.unread:
             headers.append((b"connection", b"close"))
         self.metrics.rejected(error.reason, model)
-        why, status = str(error), error.status
-        log("rejected", status=status, reason=error.reason, why=why, model=model, **told(head))
+        log(
+            "rejected", status=error.status, reason=error.reason, why=why, model=model, **told(head)
+        )
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": error.unread})
         if error.unread:
-            await discard_body(receive, 4 * self.settings.max_body)
+            self._elsewhere += 1
+            try:
+                await discard_body(receive, 4 * self.settings.max_body)
+            finally:
+                self._elsewhere -= 1
             await send({"type": "http.response.body", "body": b""})
 
 

@@ -55,8 +55,8 @@ async def read_body(head: dict[bytes, bytes], receive: Receive, settings: Settin
     """Read a request's body and undo its compression.
 
     Raises:
-        RequestError: It is too large, too slow or not encoded as it says.
-        ClientGoneError: The client has hung up.
+        RequestError: It is too large or not encoded as it says.
+        ClientGoneError: The client has hung up, or was too slow and has been told.
     """
     limit = settings.max_body
     told = length_of(head, b"content-length")
@@ -67,14 +67,7 @@ async def read_body(head: dict[bytes, bytes], receive: Receive, settings: Settin
         raise ClientGoneError
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
-        try:
-            async with asyncio.timeout(settings.body_timeout):
-                body = await _read_on(body, receive, limit)
-        except TimeoutError:
-            seconds = f"{settings.body_timeout:g} s"
-            raise RequestError(
-                f"the body: not all here after {seconds}", 408, "slow", unread=True
-            ) from None
+        body = await _read_on(body, receive, limit)
     elif len(body) > limit:
         raise too_large(len(body), limit)
     encoding = head.get(b"content-encoding")

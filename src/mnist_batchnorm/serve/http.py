@@ -9,6 +9,7 @@ import termios
 from collections.abc import Iterator
 from typing import Any
 
+import httptools
 import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -18,10 +19,18 @@ from mnist_batchnorm.serve.log import log
 from mnist_batchnorm.serve.settings import Settings
 
 TICKS = 5  # of uvicorn's, a tenth of a second each, between looks at all connections
+LINGER = 2.0  # seconds for which a client that was refused may go on sending
 
 
 class Refused(Exception):  # noqa: N818 - ends the parser's work, and is no error of ours
     """The head of a request is not taken."""
+
+
+class _Dropped(list[tuple[bytes, bytes]]):
+    """Where the fields behind a body go: nobody asks for them, and they have no end."""
+
+    def append(self, _: object) -> None:
+        pass
 
 
 class Protocol(HttpToolsProtocol):
@@ -34,47 +43,150 @@ class Protocol(HttpToolsProtocol):
         """Take a connection, unless there are too many."""
         super().connection_made(transport)
         self._head_since: float | None = self.loop.time()
-        self._head_size = 0
+        self._body_since = 0.0
+        self._size = 0  # bytes of the head under way, or since a body last grew
+        self._under_way = False  # whether a message was, before what is being read
         self._unsent = (0, 0.0)
+        self._declining = False  # whether the request asks for another protocol
+        self._refused = False
         self._refusal = (400, "the request is not HTTP/1.1", "http")
         if len(self.connections) > self.settings.max_connections:
             self._refusal = (503, "the server has too many connections, try again", "connections")
             self.send_400_response("")
+            self.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser."""
-        self._head_size += len(data)
-        super().data_received(data)
-        if (
-            self._head_since is not None
-            and self._head_size > self.settings.max_head
-            and not self.transport.is_closing()
-        ):
-            self._refuse_head()
-            self.send_400_response("")
+        if self._refused:  # the client may not have read yet that it is
+            return
+        cycle, held = self.cycle, -1
+        if self._head_since is None:
+            self._under_way = cycle.more_body
+            if cycle.more_body and not cycle.response_complete:
+                held = len(cycle.body)
+            else:
+                self._size = 0
+        self._size += len(data)
+        self._feed(data)
+        if 0 <= held < len(cycle.body):
+            self._size = 0
+        if self._size > self.settings.max_head and not self.transport.is_closing():
+            if self._head_since is not None:
+                self._refuse_head("the head of the request")
+                self.send_400_response("")
+            elif held >= 0 and cycle is self.cycle and cycle.more_body:
+                self._refuse_head("what is in the body besides its content")
+                self.send_400_response("")
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection of a client that is done sending until all is answered."""
+        cycle = self.cycle
+        if self._refused or cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        cycle.keep_alive = False
+        return True
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._decline_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self.send_400_response("")
+                return
+            else:
+                return
+
+    def _decline_upgrade(self, rest: bytes) -> bytes:
+        """Return a request for another protocol as one for this (RFC 9110, section 7.8).
+
+        The parser takes what follows such a head for the other protocol and never for a body, but
+        Java's HTTP client asks so for HTTP/2 with any first request.
+
+        Args:
+            rest: what follows the head.
+        """
+        if not self._declining:
+            return b""
+        self._declining = False
+        line = self.parser.get_method(), self.url, self.parser.get_http_version().encode()
+        fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        return b"".join((b"%b %b HTTP/%b\r\n" % line, *fields, b"\r\n", rest))
 
     def on_message_begin(self) -> None:
         """Start the clock of a request's head."""
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._head_since = self.loop.time()
+        if self._under_way:
+            self._size = 0
+        self._under_way = True
 
     def on_headers_complete(self) -> None:
         """Stop the clock, and start the work."""
-        self._head_since = None
-        if self._head_size > self.settings.max_head:
+        if self._size > self.settings.max_head:
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if size > self.settings.max_head:
-                self._refuse_head()
+                self._refuse_head("the head of the request")
                 raise Refused
-        self._head_size = 0
+        if self.parser.should_upgrade():
+            if self.parser.get_method() != b"CONNECT":
+                self._declining = True
+                return
+            self._refusal = (405, "CONNECT: this server is no proxy", "path")
+            raise Refused
+        self._unset_keepalive_if_required()
+        self._body_since, self._head_since, self._size = self.loop.time(), None, 0
         super().on_headers_complete()
+        self.headers = _Dropped()
 
-    def _refuse_head(self) -> None:
-        told = f"the head of the request: expected at most {self.settings.max_head} bytes"
+    def on_message_complete(self) -> None:
+        """Tell the work that the body is whole."""
+        if not self._declining:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, or to the end."""
+        last = not self.pipeline
+        super().on_response_complete()
+        if self._refused and last:
+            self._hang_up()
+
+    def _refuse_head(self, what: str) -> None:
+        told = f"{what}: expected at most {self.settings.max_head} bytes"
         self._refusal = (431, told, "size")
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what never came to the application, and hang up."""
+        """Refuse what never came to the application, and hang up: after the answers before it."""
+        if self._refused:
+            return
+        self._refused = True
+        cycle = self.cycle
+        waiting = cycle is not None and not cycle.response_complete
+        if waiting and cycle.more_body:  # it is this one's body that is refused
+            waiting = bool(self.pipeline)
+            if waiting:
+                self.pipeline.popleft()
+            started = cycle.response_started
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if started:
+                self.transport.close()
+                return
+        if not waiting:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Answer, and close once the client has had the time to read it.
+
+        A connection that is closed while bytes wait unread is reset, and the answer with it (RFC
+        9112, section 9.6).
+        """
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
         status, told, reason = self._refusal
         self.app_of_server.metrics.rejected(reason)
         log("rejected", status=status, reason=reason, why=told)
@@ -83,20 +195,11 @@ class Protocol(HttpToolsProtocol):
         retry = b"retry-after: 1\r\n" if status == 503 else b""
         head += retry + b"connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)
 
     def look(self, now: float) -> None:
         """Hang up on a client that sends or takes too slowly."""
-        if self.transport.is_closing():
-            return
-        if self._head_since is not None and now - self._head_since > self.settings.head_timeout:
-            if self._head_size:
-                seconds = f"{self.settings.head_timeout:g} s"
-                told = f"the head of the request: not all here after {seconds}"
-                self._refusal = (408, told, "slow")
-                self.send_400_response("")
-            else:
-                self.transport.close()
         size, since = self._unsent
         left = self.transport.get_write_buffer_size()
         if left == 0 or left != size:
@@ -104,6 +207,25 @@ class Protocol(HttpToolsProtocol):
         elif now - since > self.settings.write_timeout:
             self.app_of_server.metrics.rejected("stalled")
             self.transport.abort()
+        if self._refused or self.transport.is_closing():
+            return
+        if self._head_since is not None:
+            if now - self._head_since <= self.settings.head_timeout:
+                return
+            if self.cycle is None and not self._size:
+                self.transport.close()
+            else:
+                self._refuse_slow("the head of the request", self.settings.head_timeout)
+        elif (
+            self.cycle.more_body
+            and not self.cycle.response_started
+            and now - self._body_since > self.settings.body_timeout
+        ):
+            self._refuse_slow("the body", self.settings.body_timeout)
+
+    def _refuse_slow(self, what: str, seconds: float) -> None:
+        self._refusal = (408, f"{what}: not all here after {seconds:g} s", "slow")
+        self.send_400_response("")
 
     def shutdown(self) -> None:
         """Hang up as soon as nothing is being answered, nor waits in the socket to be read."""
