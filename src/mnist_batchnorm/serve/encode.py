@@ -53,4 +53,5 @@ def classified(logits: Float32, classes: int) -> Iterator[str]:
 
 def pack(texts: list[str]) -> bytes:
     """Return the raw form of a BYTES tensor: each element behind its length, 4 bytes."""
-    return b"".join(len(text).to_bytes(4, "little") + text.encode() for text in texts)
+    elements = [text.encode() for text in texts]
+    return b"".join(len(raw).to_bytes(4, "little") + raw for raw in elements)
