@@ -60,6 +60,7 @@ def document(settings: Settings) -> Json:
         mark = "_of_version" if path else ""
         paths |= {
             one: get(f"model{mark}", "Model metadata", "ModelMetadata", parameters, 404),
+            f"{one}/config": get(f"config{mark}", "Configuration", "ModelConfig", parameters, 404),
             f"{one}/ready": get(f"model_ready{mark}", "Model ready", "Ready", parameters, 404, 503),
             f"{one}/infer": infer(f"infer{mark}", which, parameters, settings),
             f"{one}/stats": get(f"stats{mark}", "Statistics", "Statistics", parameters, 404),
@@ -260,7 +261,11 @@ def tensor_input(datatype: str, shapes: list[Json], number: Json) -> Json:
 
 COUNT: Json = {"type": "integer", "minimum": 0}
 BOOLEAN: Json = {"type": "boolean"}
-FREE: Json = {"type": "object", "description": "Given back as it came"}
+PLAIN: Json = {
+    "type": "object",
+    "additionalProperties": {"type": ["string", "number", "boolean"]},
+    "description": "Given back as it came",
+}
 
 
 def schemas(settings: Settings) -> Json:
@@ -284,6 +289,8 @@ def schemas(settings: Settings) -> Json:
     )
     output = thing({"name": {"const": OUTPUT}, "parameters": maybe(wanted)}, "parameters")
     tensor = thing({"name": TEXT, "datatype": TEXT, "shape": listed({"type": "integer"})})
+    dims = listed({"type": "integer"})
+    configured = thing({"name": TEXT, "data_type": TEXT, "dims": dims})
     duration = thing({"count": COUNT, "ns": COUNT})
     parts = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
     return {
@@ -313,10 +320,20 @@ def schemas(settings: Settings) -> Json:
                 ),
             }
         ),
+        "ModelConfig": thing(
+            {
+                "name": TEXT,
+                "platform": TEXT,
+                "backend": TEXT,
+                "max_batch_size": COUNT,
+                "input": listed(configured),
+                "output": listed(configured),
+            }
+        ),
         "InferRequest": thing(
             {
                 "id": maybe(TEXT),
-                "parameters": maybe({**FREE, "properties": {"binary_data_output": BOOLEAN}}),
+                "parameters": maybe({**PLAIN, "properties": {"binary_data_output": BOOLEAN}}),
                 "inputs": listed(
                     {
                         "oneOf": [
@@ -338,7 +355,7 @@ def schemas(settings: Settings) -> Json:
                 "model_name": TEXT,
                 "model_version": TEXT,
                 "id": TEXT,
-                "parameters": FREE,
+                "parameters": PLAIN,
                 "outputs": listed(
                     thing(
                         {

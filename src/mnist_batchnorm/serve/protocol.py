@@ -18,8 +18,14 @@ Float32 = npt.NDArray[np.float32]
 
 INPUT, OUTPUT = "image", "logits"
 PIXELS = SIDE * SIDE
-EXTENSIONS = ("classification", "model_repository", "binary_tensor_data", "statistics")
-PLATFORM = "onnxruntime_onnx"
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "model_configuration",
+    "binary_tensor_data",
+    "statistics",
+)
+PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 HEADER_LENGTH = b"inference-header-content-length"
 
 # Datatype of the input -> bytes of an element, and the shapes after the batch axis.

@@ -23,6 +23,7 @@ from mnist_batchnorm.serve.metrics import Metrics, statistics
 from mnist_batchnorm.serve.models import Model
 from mnist_batchnorm.serve.openapi import DOCS, START, SWAGGER_UI, bundled, document
 from mnist_batchnorm.serve.protocol import (
+    BACKEND,
     EXTENSIONS,
     INPUT,
     LONGEST,
@@ -121,6 +122,7 @@ class Routes:
             get("/v2/health/ready", self.ready),
             get("/v2/models/stats", self.all_statistics),
             *(get(path, self.model) for path in (model, one)),
+            *(get(f"{path}/config", self.config) for path in (model, one)),
             *(get(f"{path}/ready", self.model_ready) for path in (model, one)),
             *(get(f"{path}/stats", self.statistics) for path in (model, one)),
             *(post(f"{path}/infer", self.no_such_model) for path in (model, one)),
@@ -180,6 +182,22 @@ class Routes:
                     "verified": model.verified,
                     **({"unverified_because": model.unproven} if model.unproven else {}),
                 },
+            }
+        )
+
+    async def config(self, request: Request) -> Response:
+        """Answer what a model takes and gives, as Triton's configuration of a model says it.
+
+        https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_configuration.md
+        """
+        return answer(
+            {
+                "name": self._find(request).name,
+                "platform": PLATFORM,
+                "backend": BACKEND,
+                "max_batch_size": self.settings.limits.rows,
+                "input": [{"name": INPUT, "data_type": "TYPE_FP32", "dims": [PIXELS]}],
+                "output": [{"name": OUTPUT, "data_type": "TYPE_FP32", "dims": [CLASSES]}],
             }
         )
 
