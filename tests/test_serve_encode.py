@@ -249,7 +249,7 @@ def test_every_form_gives_onnx_runtimes_logits_over_the_wire(
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(seed=seeds, rows=st.integers(0, 40), form=forms)
 def test_thousands_of_requests_give_onnx_runtimes_logits(
     connection: http.client.HTTPConnection, seed: int, rows: int, form: Form
@@ -286,7 +286,7 @@ def test_a_damaged_request_is_answered_or_refused(
 
 
 @pytest.mark.slow
-@settings(max_examples=5000)
+@settings(max_examples=2000)
 @given(seed=seeds, form=forms)
 def test_thousands_of_damaged_requests_are_answered_or_refused(
     server: Server, connection: http.client.HTTPConnection, seed: int, form: Form
