@@ -133,7 +133,7 @@ class App:
         ran = perf_counter()
         content, json_length = encode(request, logits, model.name, model.version)
         encoded = perf_counter()
-        headers = [(b"content-length", b"%d" % len(content)), *self._trace(head)]
+        headers = [(b"content-length", b"%d" % len(content)), *self.trace(head)]
         if json_length is None:
             headers.append(JSON)
         else:
@@ -151,7 +151,7 @@ class App:
                 **told(head),
             )
 
-    def _trace(self, head: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    def trace(self, head: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         """Return the headers by which a request can be found again."""
         given = head.get(b"x-request-id")
         if given is None or not REQUEST_ID.fullmatch(given):
@@ -175,7 +175,7 @@ class App:
     ) -> None:
         why = str(error).encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
         content = orjson.dumps({"error": why})
-        headers = [JSON, (b"content-length", b"%d" % len(content)), *self._trace(head)]
+        headers = [JSON, (b"content-length", b"%d" % len(content)), *self.trace(head)]
         headers += error.headers
         if error.unread:
             headers.append((b"connection", b"close"))

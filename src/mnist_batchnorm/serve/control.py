@@ -3,13 +3,17 @@
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
 
 from mnist_batchnorm.files import write_json
+from mnist_batchnorm.serve.app import has_token
 from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.log import log
+from mnist_batchnorm.serve.protocol import RequestError, refuse, unauthorized
+from mnist_batchnorm.serve.settings import Settings
 
 FILE = "models.json"
 LOCK = ".models.lock"
@@ -31,6 +35,16 @@ class Control:
         self._file = state / FILE
         self._lock = FileLock(state / LOCK)
         self._done: dict[str, int] = {}  # name -> how many of its changes were done here
+
+    def require(self, name: str) -> None:
+        """Make sure that there is such a model, served now or not.
+
+        Raises:
+            RequestError: There is not.
+        """
+        if name not in self.catalog.names:
+            known = ", ".join(self.catalog.names)
+            raise RequestError(f"no model {name[:200]!r} here; there is {known}", 404, "model")
 
     async def load(self, name: str) -> str | None:
         """Serve a model again, or look at its file anew.
@@ -85,3 +99,31 @@ class Control:
                     await self.catalog.refresh()
             except Exception as error:  # noqa: BLE001 - what is served goes on, whatever this was
                 log("failed", "error", doing="look for new models", why=repr(error))
+
+
+def allow_control(settings: Settings, head: dict[bytes, bytes]) -> None:
+    """Make sure that whoever asks may load and unload models: nobody may without a token.
+
+    Raises:
+        RequestError: The server has no token, or the request does not bear it.
+    """
+    if not settings.token:
+        raise RequestError(
+            "loading and unloading need a token: start the server with --token-file", 403, "token"
+        )
+    if not has_token(head, settings.token.encode()):
+        raise unauthorized()
+
+
+def check_parameters(parameters: Mapping[str, object]) -> None:
+    """Refuse what would change a model that comes from the command line.
+
+    Raises:
+        RequestError: There is a parameter that is not known, or is none.
+    """
+    if unknown := parameters.keys() - {"unload_dependents"}:
+        expected = "none: models come from the command line"
+        refuse("parameters", ", ".join(sorted(unknown)), expected)
+    for key, value in parameters.items():
+        if not isinstance(value, bool):
+            refuse(f"parameters.{key}", value, "true or false")

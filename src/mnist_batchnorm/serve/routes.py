@@ -2,9 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from mnist_batchnorm.dataset import CLASSES
-from mnist_batchnorm.serve.app import Scope, Send, has_token
+from mnist_batchnorm.serve.app import Scope, Send
 from mnist_batchnorm.serve.body import Receive, pick, read_body
 from mnist_batchnorm.serve.catalog import Catalog
-from mnist_batchnorm.serve.control import Control
-from mnist_batchnorm.serve.metrics import Metrics, statistics
+from mnist_batchnorm.serve.control import Control, allow_control, check_parameters
+from mnist_batchnorm.serve.describe import (
+    find,
+    model_metadata,
+    model_statistics,
+    provenance,
+    repository_index,
+    server_metadata,
+)
+from mnist_batchnorm.serve.metrics import Metrics
 from mnist_batchnorm.serve.models import Model
 from mnist_batchnorm.serve.openapi import DOCS, START, SWAGGER_UI, bundled, document
 from mnist_batchnorm.serve.protocol import (
     BACKEND,
     EXTENSIONS,
-    INPUT,
     LONGEST,
-    OUTPUT,
-    PIXELS,
-    PLATFORM,
     RequestError,
     busy,
     refuse,
-    unauthorized,
 )
 from mnist_batchnorm.serve.settings import Settings
 
@@ -137,9 +138,7 @@ class Routes:
 
     async def server(self, _: Request) -> Response:
         """Answer what the server is."""
-        extensions = list(EXTENSIONS)
-        name = "mnist-batchnorm"
-        return answer({"name": name, "version": version(name), "extensions": extensions})
+        return answer(server_metadata(EXTENSIONS))
 
     async def live(self, _: Request) -> Response:
         """Answer that the process does its work."""
@@ -151,13 +150,8 @@ class Routes:
         return answer({"ready": ready}, 200 if ready else 503)
 
     def _find(self, request: Request) -> Model:
-        name, version = request.path_params["name"], request.path_params.get("version")
-        model = self.catalog.find(name, version)
-        if model is None:
-            told = f"model {name!r}" + (f" version {version!r}" if version else "")
-            known = ", ".join(f"{one.name} {one.version}" for one in self.catalog) or "none"
-            raise RequestError(f"no {told[:200]} here; there is {known}", 404, "model")
-        return model
+        wanted = request.path_params
+        return find(self.catalog, wanted["name"], wanted.get("version"))
 
     async def no_such_model(self, request: Request) -> Response:
         """Refuse inference by a model that is not served: what is, the lean path answers."""
@@ -167,23 +161,8 @@ class Routes:
     async def model(self, request: Request) -> Response:
         """Answer what a model takes and gives, and whether it is proven."""
         model = self._find(request)
-        chosen = "version" in request.path_params
-        return answer(
-            {
-                "name": model.name,
-                "versions": [model.version] if chosen else self.catalog.versions(model.name),
-                "platform": PLATFORM,
-                "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, PIXELS]}],
-                "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, CLASSES]}],
-                "parameters": {
-                    "version": model.version,
-                    "sha256": model.sha256,
-                    "weights_sha256": model.weights_sha256,
-                    "verified": model.verified,
-                    **({"unverified_because": model.unproven} if model.unproven else {}),
-                },
-            }
-        )
+        metadata = model_metadata(self.catalog, model, chosen="version" in request.path_params)
+        return answer({**metadata, "parameters": provenance(model)})
 
     async def config(self, request: Request) -> Response:
         """Answer what a model takes and gives, as Triton's configuration of a model says it.
@@ -209,23 +188,15 @@ class Routes:
 
     async def statistics(self, request: Request) -> Response:
         """Answer what a model has done."""
-        model = self._find(request)
-        chosen = request.path_params.get("version")
-        return self._statistics(
-            [
-                one
-                for one in self.catalog
-                if one.name == model.name and chosen in (None, one.version)
-            ]
-        )
+        wanted = request.path_params
+        return self._statistics(wanted["name"], wanted.get("version"))
 
     async def all_statistics(self, _: Request) -> Response:
         """Answer what all models have done."""
-        return self._statistics(list(self.catalog))
+        return self._statistics()
 
-    def _statistics(self, models: Sequence[Model]) -> Response:
-        figures = self.metrics.merged()
-        return answer({"model_stats": [statistics(figures, m.name, m.version) for m in models]})
+    def _statistics(self, *wanted: str | None) -> Response:
+        return answer({"model_stats": model_statistics(self.catalog, self.metrics, *wanted)})
 
     async def index(self, request: Request) -> Response:
         """Answer which models there are, served or not."""
@@ -233,8 +204,7 @@ class Routes:
         only_ready = asked.get("ready")
         if not isinstance(only_ready, bool | None):
             refuse("ready", only_ready, "true or false")
-        rows = repository_index(self.catalog)
-        return answer([row for row in rows if row["state"] == "READY" or not only_ready])
+        return answer(repository_index(self.catalog, only_ready=bool(only_ready)))
 
     async def load(self, request: Request) -> Response:
         """Serve a model that was unloaded, or look whether its file has changed."""
@@ -250,26 +220,10 @@ class Routes:
         return answer({})
 
     async def _named(self, request: Request) -> str:
-        if not self.settings.token:
-            raise RequestError(
-                "loading and unloading need a token: start the server with --token-file",
-                403,
-                "token",
-            )
-        if not has_token(pick(request.headers.raw), self.settings.token.encode()):
-            raise unauthorized()
+        allow_control(self.settings, pick(request.headers.raw))
         name: str = request.path_params["name"]
-        if name not in self.catalog.names:
-            known = ", ".join(self.catalog.names)
-            raise RequestError(f"no model {name[:200]!r} here; there is {known}", 404, "model")
-        asked = await self._object(request)
-        parameters = asked.get("parameters") or {}
-        if unknown := parameters.keys() - {"unload_dependents"}:
-            expected = "none: models come from the command line"
-            refuse("parameters", ", ".join(sorted(unknown)), expected)
-        for key, value in parameters.items():
-            if not isinstance(value, bool):
-                refuse(f"parameters.{key}", value, "true or false")
+        self.control.require(name)
+        check_parameters((await self._object(request)).get("parameters") or {})
         return name
 
     async def _object(self, request: Request) -> dict[str, Any]:
@@ -291,23 +245,6 @@ class Routes:
         """Answer all figures."""
         text = await asyncio.to_thread(self.metrics.text)
         return Response(text, headers={"content-type": EXPOSITION, "cache-control": "no-store"})
-
-
-def repository_index(catalog: Catalog) -> list[dict[str, str]]:
-    """Return the state of every model, as the protocol's repository extension tells it.
-
-    https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md
-    """
-    rows = []
-    for slot in catalog.slots:
-        row = {"name": slot.source.name, "version": slot.model.version if slot.model else ""}
-        if slot.source.name in catalog.unloaded:
-            rows.append(row | {"state": "UNAVAILABLE", "reason": "unloaded"})
-        elif slot.model is None:
-            rows.append(row | {"state": "UNAVAILABLE", "reason": slot.problem or ""})
-        else:
-            rows.append(row | {"state": "READY", "reason": slot.problem or ""})
-    return rows
 
 
 def page_routes(folder: Path) -> list[Route]:
