@@ -121,7 +121,13 @@ def check_shape(
 
 
 def decode_raw(
-    raw: bytes, size: object, where: str, shape: Sequence[int], datatype: str, limits: Limits
+    raw: bytes,
+    size: object,
+    where: str,
+    shape: Sequence[int],
+    datatype: str,
+    limits: Limits,
+    data: str = DATA,
 ) -> Float32:
     """Read a raw tensor, little-endian and row-major.
 
@@ -132,6 +138,7 @@ def decode_raw(
         shape: of the tensor.
         datatype: likewise.
         limits: what may be asked for.
+        data: where the tensor is, for what is said of its values.
 
     Returns:
         float32 ``[n, 784]``.
@@ -146,7 +153,44 @@ def decode_raw(
         refuse("the body", f"{len(raw)} bytes of tensor", f"{expected}", "binary")
     if datatype == "UINT8":
         return network_input(np.frombuffer(raw, np.uint8).reshape(shape[0], PIXELS))
-    return _finite(np.frombuffer(raw, "<f4"), limits)
+    return check_finite(np.frombuffer(raw, "<f4"), limits, data)
+
+
+def check_finite(
+    values: npt.NDArray[np.floating[Any]], limits: Limits, where: str = DATA
+) -> Float32:
+    """Return the images, float32 ``[n, 784]``, if all their pixels are finite or need not be.
+
+    Raises:
+        RequestError: One is not.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows here is refused by name
+        flat = values.astype(np.float32, copy=False).reshape(-1)
+        # a square is finite only where its root is; where it is not, the root may be all the same
+        if isfinite(flat.dot(flat)) or limits.nonfinite or np.isfinite(flat).all():
+            return flat.reshape(-1, PIXELS)
+    place = int(np.flatnonzero(~np.isfinite(flat))[0])
+    expected = "a finite FP32 (the server's option --allow-nonfinite lets it pass)"
+    return refuse_pixel(place, str(flat[place]), expected, where, "nonfinite")
+
+
+def refuse_pixel(
+    place: int, got: str, expected: str, where: str = DATA, reason: str = "data"
+) -> NoReturn:
+    """Refuse a request for one pixel.
+
+    Args:
+        place: of the pixel among those of all images.
+        got: what it is.
+        expected: what it should be.
+        where: the images are.
+        reason: a word for the metrics.
+
+    Raises:
+        RequestError: Always.
+    """
+    image, pixel = divmod(place, PIXELS)
+    refuse(f"{where}, image {image}, pixel {pixel}", got, expected, reason)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -337,23 +381,6 @@ def _images(values: Float64, datatype: str, limits: Limits) -> Float32:
     if datatype == "UINT8":
         wrong = np.flatnonzero((values != np.floor(values)) | (values < 0) | (values > 255))
         if len(wrong):
-            _refuse_pixel(int(wrong[0]), f"{values[wrong[0]]:.17g}", "an integer from 0 to 255")
+            refuse_pixel(int(wrong[0]), f"{values[wrong[0]]:.17g}", "an integer from 0 to 255")
         return network_input(values.astype(np.uint8).reshape(-1, PIXELS))
-    return _finite(values, limits)
-
-
-def _finite(values: npt.NDArray[np.floating[Any]], limits: Limits) -> Float32:
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows here is refused by name
-        flat = values.astype(np.float32, copy=False)
-        images = flat.reshape(-1, PIXELS)
-        # a square is finite only where its root is; where it is not, the root may be all the same
-        if isfinite(flat.dot(flat)) or limits.nonfinite or np.isfinite(flat).all():
-            return images
-    where = int(np.flatnonzero(~np.isfinite(flat))[0])
-    expected = "a finite FP32 (the server's option --allow-nonfinite lets it pass)"
-    return _refuse_pixel(where, str(flat[where]), expected, "nonfinite")
-
-
-def _refuse_pixel(place: int, got: str, expected: str, reason: str = "data") -> NoReturn:
-    image, pixel = divmod(place, PIXELS)
-    refuse(f"{DATA}, image {image}, pixel {pixel}", got, expected, reason)
+    return check_finite(values, limits)
