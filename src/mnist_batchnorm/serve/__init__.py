@@ -1,5 +1,6 @@
 """Tool serve: proven models over the Open Inference Protocol, version 2."""
 
+import contextlib
 import ipaddress
 import os
 import sys
@@ -28,6 +29,9 @@ seconds = click.FloatRange(min=0.0, min_open=True)
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--grpc-port", type=click.IntRange(0, 65535), help="Answer gRPC too, on this port; 0: any."
+)
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256))
 @click.option(
     "--parity",
@@ -56,6 +60,7 @@ def command(
     sources: tuple[str, ...],
     host: str,
     port: int,
+    grpc_port: int | None,
     workers: int,
     parity: Path,
     allow_unverified: bool,
@@ -81,6 +86,8 @@ def command(
     that the parity gate has passed are served.
     """
     require_extra()
+    if grpc_port is not None:
+        require_grpc()
     from mnist_batchnorm.serve.metrics import SHARED
     from mnist_batchnorm.serve.protocol import Limits
     from mnist_batchnorm.serve.settings import Settings
@@ -97,6 +104,7 @@ def command(
         settings = Settings(
             host=host,
             port=port,
+            grpc_port=grpc_port,
             workers=workers,
             limits=Limits(max_rows, allow_nonfinite),
             max_body=max_body,
@@ -121,7 +129,12 @@ def start(sources: "Sequence[Source]", settings: "Settings") -> int:
     from mnist_batchnorm.serve.run import listen, serve
     from mnist_batchnorm.serve.workers import Workers
 
-    with listen(settings) as listener:
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(listen(settings))
+        if settings.grpc_port is not None:
+            from mnist_batchnorm.serve.rpc import reserved
+
+            settings = held.enter_context(reserved(settings))
         if settings.workers == 1:
             serve(sources, settings, listener)
             return 0
@@ -188,4 +201,20 @@ def require_extra() -> None:
     except ImportError as error:
         raise UserError(
             f"serving needs more packages ({error}): pip install 'mnist-batchnorm[serve]'"
+        ) from None
+
+
+def require_grpc() -> None:
+    """Make sure that what only gRPC needs is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own log has another form than ours
+    try:
+        import grpc  # noqa: F401
+        from tritonclient.grpc import service_pb2  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the second where only parts are installed
+        raise UserError(
+            f"gRPC needs more packages ({error}): pip install 'mnist-batchnorm[grpc,serve]'"
         ) from None

@@ -61,6 +61,7 @@ class App:
         self.cold = cold
         self.tasks: Sized = ()  # the server's, one for each request that is not answered yet
         self._elsewhere = 0  # requests that wait for their client, or that need no model
+        self.calls = 0  # over gRPC that are not answered yet
         self._token = settings.token.encode() if settings.token else None
         self._ids = itertools.count()
         self._process = secrets.token_hex(6).encode()

@@ -280,7 +280,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.draining = True
-        requests = len(self.server_state.tasks)
+        requests = len(self.server_state.tasks) + self.app.calls
         log("draining", signal=signal.Signals(number).name, requests=requests)
         # every answer from now on says that it is the connection's last
         self.config.encoded_headers.append((b"connection", b"close"))
@@ -298,7 +298,7 @@ class Server(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Protocol):
                     connection.look(now)
-            self.app.metrics.queue.set(len(self.server_state.tasks))
+            self.app.metrics.queue.set(len(self.server_state.tasks) + self.app.calls)
             self.app.metrics.connections.set(len(self.server_state.connections))
         return await super().on_tick(counter)
 

@@ -93,8 +93,20 @@ def serve(sources: Sequence[Source], settings: Settings, listener: socket.socket
 async def _run(server: Server, control: Control, listener: socket.socket) -> None:
     watching = asyncio.create_task(control.run())
     models = [f"{model.name} {model.version}" for model in control.catalog]
-    log("serving", url=address_of(listener), pid=os.getpid(), models=models)
+    where = {"url": address_of(listener)}
+    beside: list[asyncio.Task[None]] = []
+    if server.settings.grpc_port is not None:
+        from mnist_batchnorm.serve.rpc import Rpc, RpcServer
+
+        rpc = Rpc(server.app, control, server.settings, lambda: server.draining)
+        calls = RpcServer(rpc)
+        where["grpc"] = await calls.start()
+        stop = calls.run(lambda: server.should_exit, lambda: server.force_exit)
+        beside.append(asyncio.create_task(stop))
+    log("serving", **where, pid=os.getpid(), models=models)
     try:
         await server.serve([listener])
     finally:
+        server.should_exit = True
+        await asyncio.gather(*beside)
         watching.cancel()

@@ -13,7 +13,8 @@ class Settings:
     Attributes:
         host: address to listen on.
         port: to listen on; 0: any that is free.
-        workers: processes that share the port.
+        grpc_port: for calls over gRPC; 0: any that is free; None: no gRPC.
+        workers: processes that share the ports.
         limits: of a request's content.
         max_body: bytes of a request's body, also after decompression.
         max_head: bytes of its request line and headers.
@@ -34,6 +35,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     workers: int = 1
     limits: Limits = field(default_factory=Limits)
     max_body: int = 32 << 20
