@@ -120,7 +120,8 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._meters: dict[tuple[str, str], Meters] = {}
         self._slow: set[Call] = set()  # those that wait for their client
         self._streams: set[asyncio.Timeout] = set()  # of those that wait for a request
-        self._ends: float | None = None  # when the last stream ends, in the loop's time
+        self._ends: float | None = None  # when nothing is waited for any more, in the loop's time
+        self._came = 0.0  # when the last call came that was refused because the server stops
         cold: dict[str, Cold] = {
             "ServerLive": self.live,
             "ServerReady": self.ready,
@@ -158,6 +159,9 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             if self._token is not None and name not in HEALTH and not has_token(head, self._token):
                 raise unauthorized()
+            if self._ends is not None and name not in HEALTH:
+                self._came = asyncio.get_running_loop().time()
+                raise busy("the server stops")
             await work(call)
         except RequestError as error:
             code = self._rejected(error, call)
@@ -189,7 +193,7 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.app.calls += 1
         try:
             raw = await self._read(call)
-            await call.context.write(await answer(raw, call))
+            await self._write(call, await answer(raw, call))
         finally:
             self.app.calls -= 1
 
@@ -216,6 +220,19 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
             refuse("the call", "no message", "one")
         message: bytes = raw
         return message
+
+    async def _write(self, call: Call, answer: bytes) -> None:
+        """Send an answer.
+
+        Raises:
+            RequestError: The client does not take it in time.
+        """
+        try:
+            async with asyncio.timeout(self.settings.write_timeout):
+                await call.context.write(answer)
+        except TimeoutError:
+            seconds = f"{self.settings.write_timeout:g} s"
+            raise RequestError(f"the answer: not taken after {seconds}", 408, "stalled") from None
 
     # --- inference ------------------------------------------------------------------------------
 
@@ -261,7 +278,7 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _stream(self, call: Call) -> None:
         """Answer requests in their order; one that is refused does not end the stream."""
         while (raw := await self._next(call.context)) is not grpc.aio.EOF:
-            await call.context.write(self._streamed(raw, call).SerializeToString())
+            await self._write(call, self._streamed(raw, call).SerializeToString())
 
     async def _next(self, context: Context) -> Any:
         """Read a stream's next request, or its end.
@@ -297,12 +314,22 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
             response.infer_response.CopyFrom(answer)
         return response
 
-    def end_streams(self) -> None:
-        """End each stream as soon as what it has sent is answered."""
-        now = asyncio.get_running_loop().time()
-        self._ends = now + LINGER
+    async def drain(self, at_once: Callable[[], bool]) -> None:
+        """Refuse new calls, and end each stream as soon as what it has sent is answered.
+
+        gRPC cancels calls that come while it shuts down, so this returns when no more come, or
+        after a second.
+
+        Args:
+            at_once: tells whether nothing is to be waited for.
+        """
+        time = asyncio.get_running_loop().time
+        self._came = time()
+        self._ends = self._came + LINGER
         for patience in self._streams:
-            patience.reschedule(now + QUIET)
+            patience.reschedule(self._came + QUIET)
+        while time() < min(self._ends, self._came + 2 * QUIET) and not at_once():
+            await asyncio.sleep(QUIET)
 
     # --- everything else ------------------------------------------------------------------------
 
@@ -428,7 +455,7 @@ class RpcServer:
         """
         while not ends():
             await asyncio.sleep(PAUSE)
-        self.rpc.end_streams()
+        await self.rpc.drain(at_once)
         ending = asyncio.create_task(self._server.stop(self.rpc.settings.drain))
         while not ending.done():
             if at_once():
