@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mnist_batchnorm.serve.settings import Settings
 
 TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - the variable's name
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client keeps what processes share
 LONG_ENOUGH = 16  # characters of a token
 NAMES = {file: name for name, file in SERVED.items()}
 
@@ -85,22 +86,21 @@ def command(
     A SOURCE is an ONNX file, FILE or NAME=FILE; without one, the pipeline's models. Only files
     that the parity gate has passed are served.
     """
-    require_extra()
-    if grpc_port is not None:
-        require_grpc()
-    from mnist_batchnorm.serve.metrics import SHARED
-    from mnist_batchnorm.serve.protocol import Limits
-    from mnist_batchnorm.serve.settings import Settings
-
-    token = read_token(token_file)
-    if not token and not insecure and not is_loopback(host):
-        raise UserError(
-            f"--host {host} lets other machines in: give a token by --token-file or {TOKEN}, or "
-            "say --insecure"
-        )
     with tempfile.TemporaryDirectory(prefix="mnist-bn-serve-") as state:
         if workers > 1:
             os.environ[SHARED] = state  # read when prometheus_client is imported
+        require_extra()
+        if grpc_port is not None:
+            require_grpc()
+        from mnist_batchnorm.serve.protocol import Limits
+        from mnist_batchnorm.serve.settings import Settings
+
+        token = read_token(token_file)
+        if not token and not insecure and not is_loopback(host):
+            raise UserError(
+                f"--host {host} lets other machines in: give a token by --token-file or {TOKEN}, "
+                "or say --insecure"
+            )
         settings = Settings(
             host=host,
             port=port,

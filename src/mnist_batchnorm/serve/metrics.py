@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
 
-SHARED = "PROMETHEUS_MULTIPROC_DIR"
+from mnist_batchnorm.serve import SHARED
+
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 STAGES = ("parse", "infer", "encode")
