@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.http as triton  # type: ignore[import-untyped]
-from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 from mnist_batchnorm.dataset import network_input
 from mnist_batchnorm.parity import runtime
@@ -238,6 +238,9 @@ def test_model_metadata(client: Any, version: str) -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_model_configuration(client: Any, version: str, named: bool) -> None:
     config = client.get_model_config(MODEL, version if named else "", headers=headers())
+    told = {name: one["string_value"] for name, one in config.pop("parameters").items()}
+    assert (told["version"], told["verified"]) == (version, "true")
+    assert config.pop("instance_group") == [{"kind": "KIND_CPU", "count": 1}]
     assert config == {
         "name": MODEL,
         "platform": "onnxruntime_onnx",

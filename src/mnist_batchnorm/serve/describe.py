@@ -8,7 +8,15 @@ from mnist_batchnorm.dataset import CLASSES
 from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.metrics import Metrics, statistics
 from mnist_batchnorm.serve.models import Model
-from mnist_batchnorm.serve.protocol import INPUT, OUTPUT, PIXELS, PLATFORM, RequestError
+from mnist_batchnorm.serve.protocol import (
+    BACKEND,
+    INPUT,
+    OUTPUT,
+    PIXELS,
+    PLATFORM,
+    Limits,
+    RequestError,
+)
 
 SERVER = "mnist-batchnorm"
 
@@ -57,6 +65,33 @@ def provenance(model: Model) -> dict[str, Any]:
         "weights_sha256": model.weights_sha256,
         "verified": model.verified,
         **({"unverified_because": model.unproven} if model.unproven else {}),
+    }
+
+
+def model_configuration(model: Model, limits: Limits, workers: int) -> dict[str, Any]:
+    """Return how a model is served, as Triton's configuration of a model says it.
+
+    https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
+
+    Args:
+        model: that is asked for.
+        limits: what a request may ask of it.
+        workers: processes, each with the model.
+    """
+    parameters = {
+        name: {"string_value": str(value).lower() if isinstance(value, bool) else value}
+        for name, value in provenance(model).items()
+        if value is not None
+    }
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": BACKEND,
+        "max_batch_size": limits.rows,  # the axis before those below
+        "input": [{"name": INPUT, "data_type": "TYPE_FP32", "dims": [PIXELS]}],
+        "output": [{"name": OUTPUT, "data_type": "TYPE_FP32", "dims": [CLASSES]}],
+        "instance_group": [{"kind": "KIND_CPU", "count": workers}],
+        "parameters": parameters,
     }
 
 

@@ -9,20 +9,20 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2 as config_pb2
 from tritonclient.grpc import service_pb2
 
 from mnist_batchnorm.dataset import CLASSES, network_input
 from mnist_batchnorm.serve.decode import TENSOR, check_finite, check_shape, decode_raw, refuse_pixel
-from mnist_batchnorm.serve.describe import provenance
+from mnist_batchnorm.serve.describe import model_configuration
 from mnist_batchnorm.serve.encode import classified, pack
 from mnist_batchnorm.serve.models import Model
 from mnist_batchnorm.serve.protocol import (
     INPUT,
     OUTPUT,
     PIXELS,
-    PLATFORM,
     Float32,
     InferRequest,
     Limits,
@@ -181,28 +181,7 @@ def write_answer(message: Message, request: InferRequest, logits: Float32, model
 
 
 def model_config(model: Model, limits: Limits, workers: int) -> Message:
-    """Write a ``ModelConfigResponse``: how the model is served, as Triton would put it.
-
-    https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
-
-    Args:
-        model: that is asked for.
-        limits: what a request may ask of it.
-        workers: processes, each with the model.
-    """
-    parameters = {
-        name: {"string_value": str(value).lower() if isinstance(value, bool) else value}
-        for name, value in provenance(model).items()
-        if value is not None
-    }
-    config = config_pb2.ModelConfig(
-        name=model.name,
-        platform=PLATFORM,
-        backend="onnxruntime",
-        max_batch_size=limits.rows,  # the axis before those below
-        input=[{"name": INPUT, "data_type": config_pb2.TYPE_FP32, "dims": [PIXELS]}],
-        output=[{"name": OUTPUT, "data_type": config_pb2.TYPE_FP32, "dims": [CLASSES]}],
-        instance_group=[{"kind": config_pb2.ModelInstanceGroup.KIND_CPU, "count": workers}],
-        parameters=parameters,
-    )
+    """Write a ``ModelConfigResponse``; see `describe.model_configuration`."""
+    told = model_configuration(model, limits, workers)
+    config = json_format.ParseDict(told, config_pb2.ModelConfig())
     return service_pb2.ModelConfigResponse(config=config)

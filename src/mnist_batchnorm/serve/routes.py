@@ -19,6 +19,7 @@ from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.control import Control, allow_control, check_parameters
 from mnist_batchnorm.serve.describe import (
     find,
+    model_configuration,
     model_metadata,
     model_statistics,
     provenance,
@@ -29,7 +30,6 @@ from mnist_batchnorm.serve.metrics import Metrics
 from mnist_batchnorm.serve.models import Model
 from mnist_batchnorm.serve.openapi import DOCS, START, SWAGGER_UI, bundled, document
 from mnist_batchnorm.serve.protocol import (
-    BACKEND,
     EXTENSIONS,
     LONGEST,
     RequestError,
@@ -165,20 +165,12 @@ class Routes:
         return answer({**metadata, "parameters": provenance(model)})
 
     async def config(self, request: Request) -> Response:
-        """Answer what a model takes and gives, as Triton's configuration of a model says it.
+        """Answer how a model is served, as Triton's model configuration extension says it.
 
         https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_configuration.md
         """
-        return answer(
-            {
-                "name": self._find(request).name,
-                "platform": PLATFORM,
-                "backend": BACKEND,
-                "max_batch_size": self.settings.limits.rows,
-                "input": [{"name": INPUT, "data_type": "TYPE_FP32", "dims": [PIXELS]}],
-                "output": [{"name": OUTPUT, "data_type": "TYPE_FP32", "dims": [CLASSES]}],
-            }
-        )
+        settings = self.settings
+        return answer(model_configuration(self._find(request), settings.limits, settings.workers))
 
     async def model_ready(self, request: Request) -> Response:
         """Answer whether a model may be asked."""
