@@ -1,7 +1,6 @@
 """MLflow's model registry shows what models/registry.json says, and the champion serves."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +16,14 @@ from mnist_batchnorm.params import Params
 from tests import services, store
 from tests.candidates import ALIKE, FLOOR, GOOD, WORSE, demand, shifted
 from tests.conftest import MnistBn
-from tests.finished import PASSED, finish, write_pages, write_parity
-from tests.graphs import REGRESSION, Network
+from tests.registered import lay, prepare
 
 
 @pytest.fixture(scope="module")
 def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every stage but register has run, under DVC."""
     folder = tmp_path_factory.mktemp("finished")
-    finish(folder, prepared, params)
-    write_pages(folder)
-    store.make_trainable(folder)
-    (folder / regress.FIXTURES).mkdir(parents=True)
-    shutil.copy(REGRESSION / "images.safetensors", folder / regress.IMAGES)
-    subprocess.run(["dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
-    (folder / "mlflow.db").write_bytes(store.empty_database())
+    prepare(folder, prepared, params)
     return folder
 
 
@@ -47,21 +39,6 @@ def folder(project: Path, results: Path, backend: str, mnist_bn: MnistBn) -> Pat
     done = mnist_bn("sync")
     assert (done.status, done.err) == (0, "")
     return project
-
-
-def lay(name: str, network: Network) -> None:
-    """Make a network the present one: files, in DVC's cache too, the gate's verdict, goldens."""
-    network.write()
-    store.write_checkpoint(CHECKPOINT, name)
-    write_parity(Path(), PASSED)
-    paths = [MODELS / file for file in REGISTERED.values()]
-    for path in paths:
-        md5 = digest(path, "md5")
-        cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, cached)
-    graphs = [regress.load_graph(path) for path in paths]
-    regress.save_goldens(regress.GOLDENS, regress.pin(graphs, *regress.load_fixture()))
 
 
 def test_versions_and_aliases_are_the_ledgers(folder: Path) -> None:
