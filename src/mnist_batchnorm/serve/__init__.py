@@ -55,6 +55,13 @@ seconds = click.FloatRange(min=0.0, min_open=True)
 @click.option("--drain-delay", default=1.0, show_default=True, type=click.FloatRange(0.0))
 @click.option("--drain", default=20.0, show_default=True, type=seconds)
 @click.option("--watch", default=1.0, show_default=True, type=click.FloatRange(0.0))
+@click.option(
+    "--watch-registry",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0.0),
+    help="Seconds between looks at MLflow's registry; 0: never.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Pass NaN and infinities to the model.")
 @click.option("--access-log", is_flag=True, help="Log each request.")
 def command(
@@ -78,13 +85,16 @@ def command(
     drain_delay: float,
     drain: float,
     watch: float,
+    watch_registry: float,
     allow_nonfinite: bool,
     access_log: bool,
 ) -> None:
     """Serve proven models over the Open Inference Protocol, version 2.
 
-    A SOURCE is an ONNX file, FILE or NAME=FILE; without one, the pipeline's models. Only files
-    that the parity gate has passed are served.
+    A SOURCE is an ONNX file, FILE or NAME=FILE, or a version in MLflow's registry,
+    models:/MODEL@ALIAS or models:/MODEL/VERSION, that too with NAME= before it; without one, the
+    pipeline's models. Only files that the parity gate has passed are served. An alias is followed:
+    the version that it is moved to is served from then on.
     """
     with tempfile.TemporaryDirectory(prefix="mnist-bn-serve-") as state:
         if workers > 1:
@@ -119,37 +129,67 @@ def command(
             origins=cors,
             access_log=access_log,
             watch=watch,
+            watch_registry=watch_registry if watch else 0.0,
             state=Path(state),
         )
-        sys.exit(start(sources_of(sources, parity, allow_unverified=allow_unverified), settings))
+        found = sources_of(sources, parity, Path(state), allow_unverified=allow_unverified)
+        sys.exit(start(found, settings))
 
 
 def start(sources: "Sequence[Source]", settings: "Settings") -> int:
     """Serve in one process or several until told to end; return the exit status."""
+    from mnist_batchnorm.serve.fetcher import fetching
+    from mnist_batchnorm.serve.registered import RegisteredSource
     from mnist_batchnorm.serve.run import listen, serve
     from mnist_batchnorm.serve.workers import Workers
 
+    registered = [source for source in sources if isinstance(source, RegisteredSource)]
     with contextlib.ExitStack() as held:
+        fetcher = held.enter_context(fetching(registered, settings.watch_registry))
         listener = held.enter_context(listen(settings))
         if settings.grpc_port is not None:
             from mnist_batchnorm.serve.rpc import reserved
 
             settings = held.enter_context(reserved(settings))
         if settings.workers == 1:
-            serve(sources, settings, listener)
+            serve(sources, settings, listener, fetcher.tend)
             return 0
-        return Workers(settings, listener, lambda: serve(sources, settings, listener)).run()
+
+        def work() -> None:
+            fetcher.let_go()
+            serve(sources, settings, listener)
+
+        return Workers(settings, listener, work, fetcher.tend).run()
 
 
-def sources_of(words: Sequence[str], parity: Path, *, allow_unverified: bool) -> "Sequence[Source]":
-    """Make sources of what stands in the command line."""
+def sources_of(
+    words: Sequence[str], parity: Path, state: Path, *, allow_unverified: bool
+) -> "Sequence[Source]":
+    """Make sources of what stands in the command line.
+
+    Args:
+        words: of the command line.
+        parity: the gate's report on the files among them.
+        state: folder for what is fetched from MLflow's registry.
+        allow_unverified: serve whatever the reports say.
+
+    Raises:
+        UserError: An address in MLflow's registry is none.
+    """
     from mnist_batchnorm.serve.catalog import FileSource
+    from mnist_batchnorm.serve.registered import SCHEME, Address, RegisteredSource
 
     files = list(words) or [str(MODELS / file) for file in SERVED.values()]
-    sources = []
-    for word in files:
-        name, equals, file = word.partition("=")
-        path = Path(file if equals else word)
+    sources: list[Source] = []
+    for number, word in enumerate(files):
+        name, equals, what = ("", "", word) if word.startswith(SCHEME) else word.partition("=")
+        if what.startswith(SCHEME):
+            address = Address.parse(what)
+            folder = state / "registry" / str(number)
+            source = RegisteredSource(name or address.model, address, folder, allow_unverified)
+            sources.append(source)
+            continue
+        path = Path(what if equals else word)
         known = name if equals else NAMES.get(path.name, path.stem)
         sources.append(FileSource(known, path, parity, allow_unverified))
     return sources

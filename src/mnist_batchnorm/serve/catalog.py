@@ -57,7 +57,7 @@ class FileSource:
 
     def state(self) -> State:
         """Return what identifies the present content of the files, as far as `stat` sees it."""
-        return tuple(_stamp(path) for path in (self.onnx, self.parity, REGISTRY))
+        return tuple(stamp(path) for path in (self.onnx, self.parity, REGISTRY))
 
     def load(self) -> Model:
         """Load the file as it is now; see `models.load`."""
@@ -66,7 +66,8 @@ class FileSource:
         )
 
 
-def _stamp(path: Path) -> State:
+def stamp(path: Path) -> State:
+    """Return what differs as soon as a file does, as far as `stat` sees it."""
     try:
         found = path.stat()
     except OSError:

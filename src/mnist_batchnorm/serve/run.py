@@ -4,7 +4,7 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.serve.app import ASGI, App
@@ -18,6 +18,7 @@ from mnist_batchnorm.serve.routes import Routes
 from mnist_batchnorm.serve.settings import Settings
 
 BACKLOG = 2048  # connections that the system holds for us
+PAUSE = 0.5  # seconds between looks at the process that fetches models
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -66,8 +67,19 @@ def cross_origin(app: App, settings: Settings) -> ASGI:
     return middleware
 
 
-def serve(sources: Sequence[Source], settings: Settings, listener: socket.socket) -> None:
+def serve(
+    sources: Sequence[Source],
+    settings: Settings,
+    listener: socket.socket,
+    tend: Callable[[], None] = lambda: None,
+) -> None:
     """Serve in this process until SIGTERM or SIGINT.
+
+    Args:
+        sources: where the models come from.
+        settings: how to serve.
+        listener: the port.
+        tend: what this process does now and then besides.
 
     Raises:
         UserError: A model is missing or is no model.
@@ -86,12 +98,14 @@ def serve(sources: Sequence[Source], settings: Settings, listener: socket.socket
     gc.enable()
     gc.freeze()  # what is here now stays, so the collector need not look at it again
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        runner.run(_run(server, control, listener))
+        runner.run(_run(server, control, listener, tend))
     log("stopped", pid=os.getpid())
 
 
-async def _run(server: Server, control: Control, listener: socket.socket) -> None:
-    watching = asyncio.create_task(control.run())
+async def _run(
+    server: Server, control: Control, listener: socket.socket, tend: Callable[[], None]
+) -> None:
+    watching = [asyncio.create_task(control.run()), asyncio.create_task(_repeat(tend))]
     models = [f"{model.name} {model.version}" for model in control.catalog]
     where = {"url": address_of(listener)}
     beside: list[asyncio.Task[None]] = []
@@ -109,4 +123,11 @@ async def _run(server: Server, control: Control, listener: socket.socket) -> Non
     finally:
         server.should_exit = True
         await asyncio.gather(*beside)
-        watching.cancel()
+        for task in watching:
+            task.cancel()
+
+
+async def _repeat(tend: Callable[[], None]) -> None:
+    while True:
+        tend()
+        await asyncio.sleep(PAUSE)

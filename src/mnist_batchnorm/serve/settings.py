@@ -30,6 +30,7 @@ class Settings:
         origins: from which pages of other sites may ask; none: no cross-origin requests.
         access_log: whether each request is a line in the log.
         watch: seconds between looks at whether the models' files have changed; 0: never.
+        watch_registry: seconds between looks at MLflow's registry; 0: never.
         state: folder for what the processes of one server share.
     """
 
@@ -52,4 +53,5 @@ class Settings:
     origins: tuple[str, ...] = ()
     access_log: bool = False
     watch: float = 1.0
+    watch_registry: float = 10.0
     state: Path | None = None

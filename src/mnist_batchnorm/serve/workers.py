@@ -28,14 +28,20 @@ class Workers:
         settings: how many, and how long they have to end.
         listener: the port that they share.
         work: what each does; gets the port, and returns when told to end.
+        tend: what this process does now and then besides.
     """
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, work: Callable[[], None]
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        work: Callable[[], None],
+        tend: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.listener = listener
         self.work = work
+        self.tend = tend
         self._context = multiprocessing.get_context("fork")  # what is imported need not be again
         self._workers: dict[BaseProcess, float] = {}
         self._ended = threading.Event()
@@ -55,6 +61,7 @@ class Workers:
             status = self._replace_dead()
             if status:
                 self._end(signal.SIGTERM, None)
+            self.tend()
         self._wait()
         log("stopped", pid=os.getpid())
         return status
