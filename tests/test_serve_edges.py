@@ -2,13 +2,12 @@
 
 import asyncio
 import gzip
-import itertools
 import json
 import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from tests.serving import NETWORK, Server
 INFER = "/v2/models/mnist-bn/infer"
 PATIENCE = 60.0  # seconds; the machine may be busy
 LIMIT = 32 << 20  # bytes of a body, the server's default
-SLOW = 1.0  # seconds after which `hasty` gives up
+SLOW = 2.0  # seconds after which `hasty` gives up
 MEGABYTE = 1 << 20
 
 
@@ -178,9 +177,9 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def hasty(folder: Path) -> Iterator[Server]:
-    """A server that waits for nobody, and takes four connections' queue."""
+    """A server that waits for nobody."""
     limits = ("--head-timeout", f"{SLOW}", "--body-timeout", f"{SLOW}", "--keep-alive", f"{SLOW}")
-    with serving.running(*limits, "--queue", "4", folder=folder) as server:
+    with serving.running(*limits, folder=folder) as server:
         yield server
         assert server.stop() == 0
         assert not [e for e in server.log() if e["event"] in ("failed", "library")]
@@ -651,72 +650,67 @@ def test_a_huge_list_of_numbers_is_refused_at_once(server: Server, width: int) -
 # --- too slow ------------------------------------------------------------------------------------
 
 
-def drip(client: Client, content: bytes) -> None:
-    """Send a byte now and then, until the server has enough."""
-    with suppress(ConnectionError):
-        for byte in content[: round(SLOW * 40)]:
-            client.socket.sendall(bytes([byte]))
+HEAD, BODY = GOOD[: -len(request())], request()
+SLOWLY = {  # what is sent at once, what a byte at a time; and of what the rest is missed
+    "a head": (GOOD[:9], b"", "the head of the request"),
+    "a head in bytes": (GOOD[:9], HEAD[9:-2], "the head of the request"),
+    "a head after an answer": (GOOD + GOOD[:9], b"", "the head of the request"),
+    "a body": (HEAD, b"", "the body"),
+    "a body in bytes": (HEAD, BODY[:-1], "the body"),
+    "the end of a body": (GOOD[:-99], b"", "the body"),
+    "the end of a body in bytes": (GOOD[:-99], GOOD[-99:-1], "the body"),
+    "a chunk": (chunked(BODY, end=b""), b"", "the body"),
+    "another call's body": (http(BODY, path="/v2/repository/index")[:-9], b"", "the body"),
+}
+
+
+def test_who_is_slow_is_told(hasty: Server) -> None:
+    """All at once, because each takes its time."""
+    with ExitStack() as stack:
+        clients = {what: stack.enter_context(Client(hasty)) for what in SLOWLY}
+        for what, (at_once, _, _) in SLOWLY.items():
+            clients[what].send(at_once)
+        for place in range(round(SLOW / 0.1) + 10):
+            for what, (_, slowly, _) in SLOWLY.items():
+                clients[what].send(slowly[place : place + 1])
             time.sleep(0.1)
-            client.socket.settimeout(0.001)
-            with suppress(TimeoutError):
-                if client.socket.recv(1, socket.MSG_PEEK):
-                    break
-        client.socket.settimeout(PATIENCE)
-
-
-@pytest.mark.parametrize(
-    ("head", "what"),
-    [
-        (b"", "the head of the request"),
-        (GOOD[:-99], "the body"),
-        (GOOD[: -len(request())], "the body"),
-    ],
-    ids=["a head", "a body's end", "a body"],
-)
-@pytest.mark.parametrize("drips", [True, False])
-def test_who_is_slow_is_told(hasty: Server, head: bytes, what: str, drips: bool) -> None:
-    with Client(hasty) as client:
-        client.send(head or GOOD[:9])
-        if drips:
-            drip(client, GOOD[len(head or GOOD[:9]) :])
-        answer = client.answer()
-        assert (answer.status, answer.last) == (408, True)
-        assert answer.error == f"{what}: not all here after {SLOW:g} s"
-        client.socket.shutdown(socket.SHUT_WR)
-        assert client.ended()
+        for what, (at_once, _, missed) in SLOWLY.items():
+            if at_once.startswith(GOOD):
+                assert clients[what].answer().status == 200
+            answer = clients[what].answer()
+            assert (what, answer.status, answer.last) == (what, 408, True)
+            assert answer.error == f"{missed}: not all here after {SLOW:g} s"
+            clients[what].socket.shutdown(socket.SHUT_WR)
+            assert clients[what].ended()
 
 
 def test_who_waits_to_go_on_and_then_sends_nothing_is_told(hasty: Server) -> None:
     with Client(hasty) as client:
-        client.send(http(request(), "Expect: 100-continue")[: -len(request())])
+        client.send(http(BODY, "Expect: 100-continue")[: -len(BODY)])
         assert client.answer().status == 100
         assert client.answer().status == 408
 
 
-@pytest.mark.parametrize("content", [b"", GOOD, GOOD + b"\r\n", http(b"x" * 99, path="/x")[:-50]])
-def test_who_says_nothing_more_is_hung_up_on(hasty: Server, content: bytes) -> None:
-    with Client(hasty) as client:
-        client.send(content)
-        if content:
-            client.answer()
-            client.send(b"\r\n" if content.endswith(b"\r\n") else b"")
-        assert client.ended()
+def test_who_says_nothing_more_is_hung_up_on(hasty: Server) -> None:
+    with ExitStack() as stack:
+        silent = stack.enter_context(Client(hasty))
+        clients = [stack.enter_context(Client(hasty)) for _ in range(4)]
+        for client, more in zip(clients, (b"", b"\r\n", b"\r\n\r\n", b""), strict=True):
+            assert client.ask(GOOD).status == 200
+            client.send(more)
+        unread = stack.enter_context(Client(hasty))
+        assert unread.ask(http(b"x" * 99, path="/x")[:-50]).status == 404
+        unread.send(b"x")
+        for client in (silent, *clients, unread):
+            assert client.ended()
 
 
-def test_the_slow_do_not_keep_others_waiting(hasty: Server) -> None:
-    slow = [
-        GOOD[:-9],
-        GOOD[:9],
-        http(HUGE)[:2000],
-        http(b"x" * 9, path="/v2/repository/index")[:-5],
-    ]
-    clients = [Client(hasty) for _ in range(40)]
-    for client, content in zip(clients, itertools.cycle(slow), strict=False):
-        client.send(content)
-    assert [good(hasty) for _ in range(20)] == [True] * 20
-    for client in clients:
-        client.close()
-    eventually(hasty)
+def test_the_slow_do_not_keep_others_waiting(folder: Path) -> None:
+    slow = [GOOD[:-9], GOOD[:9], http(HUGE)[:2000], http(BODY, path="/v2/repository/index")[:-5]]
+    with serving.running("--queue", "4", folder=folder) as server, ExitStack() as stack:
+        for content in slow * 10:
+            stack.enter_context(Client(server)).send(content)
+        assert [good(server) for _ in range(20)] == [True] * 20
 
 
 # --- gone ----------------------------------------------------------------------------------------

@@ -151,6 +151,8 @@ class Protocol(HttpToolsProtocol):
         """Go on to the next request, or to the end."""
         last = not self.pipeline
         super().on_response_complete()
+        if self._head_since is not None:  # the next head is under way, and has its own clock
+            self._unset_keepalive_if_required()
         if self._refused and last:
             self._hang_up()
 
