@@ -6,6 +6,7 @@ Nothing here changes what a stage computes, so no stage in ``dvc.yaml`` depends 
 import gc
 import importlib
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -75,21 +76,29 @@ def main() -> None:
     # import. What a command leaves behind is little; trainings alone may run for long.
     if sys.argv[1:2] not in (["train"], ["seeds"]):
         gc.disable()  # to the end: Python's own last collection takes half a second
+    sys.exit(status_of(lambda: cli(prog_name="mnist-bn", standalone_mode=False)))
+
+
+def status_of(work: Callable[[], int | None]) -> int:
+    """Do some work; where it fails, say so in the one line that its user needs.
+
+    Returns:
+        The exit status: its own, or that of its error.
+    """
     try:
-        status = cli(prog_name="mnist-bn", standalone_mode=False) or 0
+        return work() or 0
     except click.ClickException as mistake:
         mistake.show()
-        status = mistake.exit_code
+        return mistake.exit_code
     except CheckFailedError as failure:
         click.echo(f"FAILED: {failure}", err=True)
-        status = 1
+        return 1
     except UserError as mistake:
         click.echo(f"error: {mistake}", err=True)
-        status = 2
+        return 2
     except OSError as error:  # a full disk, a folder that may not be written
         click.echo(f"error: {error}", err=True)
-        status = 2
+        return 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        status = 130  # 128 + SIGINT, as shells report it
-    sys.exit(status)
+        return 130  # 128 + SIGINT, as shells report it
