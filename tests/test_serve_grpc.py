@@ -30,8 +30,10 @@ from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.serve.app import App
 from mnist_batchnorm.serve.catalog import Catalog, FileSource
 from mnist_batchnorm.serve.control import Control
+from mnist_batchnorm.serve.listener import reserved
 from mnist_batchnorm.serve.metrics import Metrics
-from mnist_batchnorm.serve.rpc import Rpc, RpcServer, reserved
+from mnist_batchnorm.serve.roll import Roll
+from mnist_batchnorm.serve.rpc import Rpc, RpcServer
 from mnist_batchnorm.serve.settings import Settings
 from tests import commands
 from tests.serving import Server, lay, running
@@ -771,7 +773,7 @@ def test_a_client_that_takes_no_answers_holds_no_place(folder: Path, tmp_path: P
 
     async def serve(settings: Settings) -> None:
         app = App(catalog, settings, metrics, cold)
-        control = Control(catalog, tmp_path, 0.0)
+        control = Control(catalog, Roll(tmp_path), 0.0)
         server = RpcServer(Rpc(app, control, settings, lambda: False))
         address = await server.start()
         done = threading.Event()

@@ -51,6 +51,7 @@ seconds = click.FloatRange(min=0.0, min_open=True)
 @click.option("--queue", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--head-timeout", default=10.0, show_default=True, type=seconds)
 @click.option("--body-timeout", default=30.0, show_default=True, type=seconds)
+@click.option("--write-timeout", default=30.0, show_default=True, type=seconds)
 @click.option("--keep-alive", default=75.0, show_default=True, type=seconds)
 @click.option("--drain-delay", default=1.0, show_default=True, type=click.FloatRange(0.0))
 @click.option("--drain", default=20.0, show_default=True, type=seconds)
@@ -81,6 +82,7 @@ def command(
     queue: int,
     head_timeout: float,
     body_timeout: float,
+    write_timeout: float,
     keep_alive: float,
     drain_delay: float,
     drain: float,
@@ -97,8 +99,12 @@ def command(
     the version that it is moved to is served from then on.
     """
     with tempfile.TemporaryDirectory(prefix="mnist-bn-serve-") as state:
+        # Read when prometheus_client and NumPy are imported. Another program's figures are not
+        # ours, and nothing here is worth a second thread.
+        os.environ.pop(SHARED, None)
         if workers > 1:
-            os.environ[SHARED] = state  # read when prometheus_client is imported
+            os.environ[SHARED] = state
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         require_extra()
         if grpc_port is not None:
             require_grpc()
@@ -122,6 +128,7 @@ def command(
             queue=queue,
             head_timeout=head_timeout,
             body_timeout=body_timeout,
+            write_timeout=write_timeout,
             keep_alive=keep_alive,
             drain_delay=drain_delay,
             drain=drain,
@@ -139,27 +146,32 @@ def command(
 def start(sources: "Sequence[Source]", settings: "Settings") -> int:
     """Serve in one process or several until told to end; return the exit status."""
     from mnist_batchnorm.serve.fetcher import fetching
+    from mnist_batchnorm.serve.listener import fit_descriptors, listen, reserved
     from mnist_batchnorm.serve.registered import RegisteredSource
-    from mnist_batchnorm.serve.run import listen, serve
-    from mnist_batchnorm.serve.workers import Workers
+    from mnist_batchnorm.serve.roll import Roll
 
+    assert settings.state
+    roll = settings.state
     registered = [source for source in sources if isinstance(source, RegisteredSource)]
+    settings = fit_descriptors(settings)
     with contextlib.ExitStack() as held:
         fetcher = held.enter_context(fetching(registered, settings.watch_registry))
         listener = held.enter_context(listen(settings))
         if settings.grpc_port is not None:
-            from mnist_batchnorm.serve.rpc import reserved
-
             settings = held.enter_context(reserved(settings))
         if settings.workers == 1:
-            serve(sources, settings, listener, fetcher.tend)
-            return 0
+            from mnist_batchnorm.serve.run import serve
 
-        def work() -> None:
+            return serve(sources, settings, listener, Roll(roll), tend=fetcher.tend)
+        from mnist_batchnorm.serve.workers import Workers
+
+        def work(parent: int) -> int:
+            from mnist_batchnorm.serve.run import serve
+
             fetcher.let_go()
-            serve(sources, settings, listener)
+            return serve(sources, settings, listener, Roll(roll), parent)
 
-        return Workers(settings, listener, work, fetcher.tend).run()
+        return Workers(settings, listener, Roll(roll), work, fetcher.tend).run()
 
 
 def sources_of(

@@ -5,7 +5,7 @@ import hmac
 import itertools
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping, Sized
+from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
 from traceback import format_exc
 from typing import Any
@@ -25,7 +25,7 @@ from mnist_batchnorm.serve.body import (
 from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.decode import decode
 from mnist_batchnorm.serve.encode import encode
-from mnist_batchnorm.serve.log import log
+from mnist_batchnorm.serve.log import Sparse, log
 from mnist_batchnorm.serve.metrics import Meters, Metrics
 from mnist_batchnorm.serve.models import Model
 from mnist_batchnorm.serve.protocol import HEADER_LENGTH, RequestError, busy, unauthorized
@@ -59,12 +59,12 @@ class App:
         self.settings = settings
         self.metrics = metrics
         self.cold = cold
-        self.tasks: Sized = ()  # the server's, one for each request that is not answered yet
-        self._elsewhere = 0  # requests that wait for their client, or that need no model
+        self.ready: set[object] = set()  # connections with a request that is all here, unanswered
         self.calls = 0  # over gRPC that are not answered yet
         self._token = settings.token.encode() if settings.token else None
         self._ids = itertools.count()
-        self._process = secrets.token_hex(6).encode()
+        self._busy = Sparse("busy")
+        self.process = secrets.token_hex(6)  # which the ids that it gives to requests begin with
         self._paths: dict[str, tuple[Model, Meters]] = {}
         catalog.on_publish = self._list_paths
         self._list_paths()
@@ -88,14 +88,9 @@ class App:
             if self._token is not None and not self._allowed(scope["path"], head):
                 raise unauthorized()
             if served is None or scope["method"] != "POST":
-                self._elsewhere += 1
-                try:
-                    await self.cold(scope, receive, send)
-                finally:
-                    self._elsewhere -= 1
+                await self.cold(scope, receive, send)
                 return
-            if len(self.tasks) - self._elsewhere > self.settings.queue:
-                raise busy("the server is busy, try again")
+            self._check_queue()
             await self._infer(served, head, receive, send)
         except RequestError as error:
             await self._refuse(error, model, head, receive, send)
@@ -112,6 +107,10 @@ class App:
         except asyncio.CancelledError:  # the server ends and cannot wait any longer
             await self._refuse(busy("the server stops"), model, head, receive, send)
 
+    def _check_queue(self) -> None:
+        if len(self.ready) > self.settings.queue:
+            raise busy("the server is busy, try again")
+
     def _allowed(self, path: str, head: dict[bytes, bytes]) -> bool:
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
             return True
@@ -122,11 +121,8 @@ class App:
         self, served: tuple[Model, Meters], head: dict[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         model, meters = served
-        self._elsewhere += 1
-        try:
-            body = await read_body(head, receive, self.settings)
-        finally:
-            self._elsewhere -= 1
+        body = await read_body(head, receive, self.settings)
+        self._check_queue()  # others may have come while this one was on its way
         began = perf_counter()
         request = decode(body, length_of(head, HEADER_LENGTH), self.settings.limits)
         parsed = perf_counter()
@@ -156,7 +152,7 @@ class App:
         """Return the headers by which a request can be found again."""
         given = head.get(b"x-request-id")
         if given is None or not REQUEST_ID.fullmatch(given):
-            given = head[b"x-request-id"] = b"%b-%x" % (self._process, next(self._ids))
+            given = head[b"x-request-id"] = b"%b-%x" % (self.process.encode(), next(self._ids))
         headers = [(b"x-request-id", given)]
         parent = head.get(b"traceparent")
         if parent is not None:
@@ -181,17 +177,15 @@ class App:
         if error.unread:
             headers.append((b"connection", b"close"))
         self.metrics.rejected(error.reason, model)
-        log(
-            "rejected", status=error.status, reason=error.reason, why=why, model=model, **told(head)
-        )
+        status = error.status
+        if error.reason == "busy":  # the log is not to take what time is left
+            self._busy.log(why=why, model=model, **told(head))
+        else:
+            log("rejected", status=status, reason=error.reason, why=why, model=model, **told(head))
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": error.unread})
         if error.unread:
-            self._elsewhere += 1
-            try:
-                await discard_body(receive, 4 * self.settings.max_body)
-            finally:
-                self._elsewhere -= 1
+            await discard_body(receive, 4 * self.settings.max_body)
             await send({"type": "http.response.body", "body": b""})
 
 

@@ -149,15 +149,24 @@ class Catalog:
         return all(slot.model or slot.source.name in self.unloaded for slot in self._slots)
 
     def load(self) -> None:
-        """Load all models, before anything is served.
+        """Load all models but those that are unloaded, before anything is served.
 
         Raises:
             UserError: One is missing or is no model.
             CheckFailedError: One is not fit to be served.
         """
         for slot in self._slots:
-            slot.seen = slot.source.state()
-            slot.model = slot.source.load()
+            if slot.source.name not in self.unloaded:
+                slot.seen = slot.source.state()
+                slot.model = slot.source.load()
+        self.publish()
+
+    def unload(self, names: frozenset[str]) -> None:
+        """Serve these no longer, and all others."""
+        self.unloaded = names
+        for slot in self._slots:
+            if slot.source.name in names:
+                slot.model = slot.seen = slot.problem = None
         self.publish()
 
     async def refresh(self, name: str | None = None) -> None:
@@ -171,6 +180,8 @@ class Catalog:
         async with self._one_at_a_time:
             changed = False
             for slot in self._slots:
+                if slot.source.name in self.unloaded and name is None:
+                    continue
                 state = slot.source.state()
                 if slot.source.name == name or (name is None and state != slot.seen):
                     slot.seen = state

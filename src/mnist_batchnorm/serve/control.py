@@ -1,23 +1,19 @@
 """What every process of a server must do alike: load, unload, and look for new files."""
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from filelock import FileLock
-
-from mnist_batchnorm.files import write_json
 from mnist_batchnorm.serve.app import has_token
 from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.log import log
-from mnist_batchnorm.serve.protocol import RequestError, refuse, unauthorized
+from mnist_batchnorm.serve.protocol import RequestError, busy, refuse, unauthorized
+from mnist_batchnorm.serve.roll import Roll
 from mnist_batchnorm.serve.settings import Settings
 
-FILE = "models.json"
-LOCK = ".models.lock"
 PAUSE = 0.2  # seconds between looks at what the other processes were told
+PATIENCE = 5.0  # seconds for all of them to do it
+LOOK = 0.02  # seconds between looks at whether they have
 
 
 class Control:
@@ -25,16 +21,33 @@ class Control:
 
     Args:
         catalog: the models.
-        state: the folder that the processes share.
+        roll: of the processes.
         watch: seconds between looks at the models' files; 0: never.
     """
 
-    def __init__(self, catalog: Catalog, state: Path, watch: float) -> None:
+    def __init__(self, catalog: Catalog, roll: Roll, watch: float) -> None:
         self.catalog = catalog
+        self.roll = roll
         self.watch = watch
-        self._file = state / FILE
-        self._lock = FileLock(state / LOCK)
-        self._done: dict[str, int] = {}  # name -> how many of its changes were done here
+        self._done: dict[str, int] = {}  # name -> how many of its changes were made here
+        self._one_at_a_time = asyncio.Lock()
+
+    def start(self) -> None:
+        """Load what is to be served, before anything is.
+
+        Raises:
+            UserError: A model is missing or is no model.
+            CheckFailedError: One is not fit to be served.
+        """
+        self.roll.sign({}, serves=False)  # so that what is asked for from now on waits for us
+        asked = self.roll.asked()
+        self._done = {name: number for name, (number, _) in asked.items()}
+        self.catalog.unloaded = frozenset(name for name, (_, loaded) in asked.items() if not loaded)
+        self.catalog.load()
+
+    def serve(self) -> None:
+        """Tell the other processes that this one serves."""
+        self.roll.sign(self._done, serves=True)
 
     def require(self, name: str) -> None:
         """Make sure that there is such a model, served now or not.
@@ -47,45 +60,51 @@ class Control:
             raise RequestError(f"no model {name[:200]!r} here; there is {known}", 404, "model")
 
     async def load(self, name: str) -> str | None:
-        """Serve a model again, or look at its file anew.
+        """Serve a model again, or look at its file anew, in every process.
 
         Returns:
             Why what is there now is refused; None: it is served.
+
+        Raises:
+            RequestError: Not all processes have done it in time; they will.
         """
-        self._tell(name, loaded=True)
-        await self.follow()
-        problems = [s.problem for s in self.catalog.slots if s.source.name == name and s.problem]
-        return problems[0] if problems else None
+        await self._ask(name, loaded=True)
+        slots = [slot for slot in self.catalog.slots if slot.source.name == name]
+        problem = next((slot.problem for slot in slots if slot.problem), None)
+        if not any(slot.model for slot in slots):
+            await self._ask(name, loaded=False)  # it was unloaded, and so it stays
+        return problem
 
     async def unload(self, name: str) -> None:
-        """Serve a model no longer."""
-        self._tell(name, loaded=False)
+        """Serve a model no longer, in any process.
+
+        Raises:
+            RequestError: As `load`.
+        """
+        await self._ask(name, loaded=False)
+
+    async def _ask(self, name: str, *, loaded: bool) -> None:
+        number = await asyncio.to_thread(self.roll.ask, name, loaded=loaded)
         await self.follow()
-
-    def _tell(self, name: str, *, loaded: bool) -> None:
-        with self._lock:
-            asked = self._asked()
-            changes, _ = asked.get(name, (0, True))
-            write_json(self._file, {**asked, name: (changes + 1, loaded)})
-
-    def _asked(self) -> dict[str, tuple[int, bool]]:
-        try:
-            asked = json.loads(self._file.read_bytes())
-        except FileNotFoundError:
-            return {}
-        return {name: (changes, loaded) for name, (changes, loaded) in asked.items()}
+        deadline = time.monotonic() + PATIENCE
+        while self.roll.behind(name, number):
+            if time.monotonic() > deadline:
+                raise busy(f"not every process has done so after {PATIENCE:g} s; they will")
+            await asyncio.sleep(LOOK)
 
     async def follow(self) -> None:
         """Do what any process was asked for and this one has not done."""
-        asked = self._asked()
-        new = {name: n for name, (n, _) in asked.items() if n != self._done.get(name)}
-        if not new:
-            return
-        self._done |= new
-        self.catalog.unloaded = frozenset(name for name, (_, loaded) in asked.items() if not loaded)
-        self.catalog.publish()
-        for name in new.keys() - self.catalog.unloaded:
-            await self.catalog.refresh(name)
+        async with self._one_at_a_time:
+            asked = self.roll.asked()
+            new = {name: n for name, (n, _) in asked.items() if n != self._done.get(name)}
+            if not new:
+                return
+            unloaded = frozenset(name for name, (_, loaded) in asked.items() if not loaded)
+            for name in new.keys() - unloaded:
+                await self.catalog.refresh(name)
+            self.catalog.unload(unloaded)
+            self._done |= new
+            await asyncio.to_thread(self.roll.sign, self._done, serves=True)
 
     async def run(self) -> None:
         """Follow the other processes and look at the files, until cancelled."""

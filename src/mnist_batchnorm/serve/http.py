@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import fcntl
+import os
 import signal
+import socket
 import struct
 import termios
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import httptools
 import orjson
@@ -15,11 +17,17 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from mnist_batchnorm.serve.app import App
-from mnist_batchnorm.serve.log import log
+from mnist_batchnorm.serve.listener import empty_backlog
+from mnist_batchnorm.serve.log import Sparse, log
 from mnist_batchnorm.serve.settings import Settings
 
 TICKS = 5  # of uvicorn's, a tenth of a second each, between looks at all connections
-LINGER = 2.0  # seconds for which a client that was refused may go on sending
+ACCEPTS = 256  # connections that are accepted in a turn of the loop
+QUIET = 1.0  # seconds; a client whose connection is not idle for so long may just be asking again
+LINGER = 2.0  # seconds for which the rest of a refused request is read
+LINGERING = 128  # connections for which that is done at once
+LAST_WORDS = 0.5  # seconds for the answers of requests that the end cuts off to go out
+LOOK = 0.02  # seconds between looks at the connections that are left
 
 
 class Refused(Exception):  # noqa: N818 - ends the parser's work, and is no error of ours
@@ -34,14 +42,28 @@ class _Dropped(list[tuple[bytes, bytes]]):
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection.
 
-    settings: Settings
-    app_of_server: App
+    Attributes:
+        settings: how to serve.
+        app_of_server: the application.
+        draining: whether each answer is its connection's last.
+        lingering: connections whose request was refused unread.
+        on_connection: called when there is a new one.
+        full: tells of connections that are too many.
+    """
+
+    settings: ClassVar[Settings]
+    app_of_server: ClassVar[App]
+    draining: ClassVar[bool] = False
+    lingering: ClassVar[set["Protocol"]]
+    on_connection: ClassVar[Callable[..., None]]
+    full: ClassVar[Sparse] = Sparse("too many connections")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, unless there are too many."""
         super().connection_made(transport)
+        self.on_connection()
         self._head_since: float | None = self.loop.time()
         self._body_since = 0.0
         self._size = 0  # bytes of the head under way, or since a body last grew
@@ -49,11 +71,11 @@ class Protocol(HttpToolsProtocol):
         self._unsent = (0, 0.0)
         self._declining = False  # whether the request asks for another protocol
         self._refused = False
+        self._told_last: object = None  # the request whose answer says that it is the last
         self._refusal = (400, "the request is not HTTP/1.1", "http")
         if len(self.connections) > self.settings.max_connections:
             self._refusal = (503, "the server has too many connections, try again", "connections")
             self.send_400_response("")
-            self.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser."""
@@ -115,6 +137,11 @@ class Protocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         return b"".join((b"%b %b HTTP/%b\r\n" % line, *fields, b"\r\n", rest))
 
+    @property
+    def _asking(self) -> bool:
+        """Whether the head of a request has begun and is not all here."""
+        return self._head_since is not None and (self._size > 0 or self.cycle is not None)
+
     def on_message_begin(self) -> None:
         """Start the clock of a request's head."""
         super().on_message_begin()
@@ -139,17 +166,34 @@ class Protocol(HttpToolsProtocol):
             raise Refused
         self._unset_keepalive_if_required()
         self._body_since, self._head_since, self._size = self.loop.time(), None, 0
+        before = self.cycle
         super().on_headers_complete()
         self.headers = _Dropped()
+        if self.draining:
+            if before is self._told_last and before is not None and not before.response_started:
+                before.keep_alive = True  # another was sent behind it
+            self.make_last()
+
+    def make_last(self) -> None:
+        """Let the answer to the newest request, if it is being answered, be the last."""
+        cycle = self.cycle
+        if cycle is not None and cycle.keep_alive and not cycle.response_started:
+            cycle.keep_alive = False
+            self._told_last = cycle
 
     def on_message_complete(self) -> None:
         """Tell the work that the body is whole."""
-        if not self._declining:
-            super().on_message_complete()
+        if self._declining:
+            return
+        super().on_message_complete()
+        if not self.cycle.response_complete:
+            self.app_of_server.ready.add(self)
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or to the end."""
         last = not self.pipeline
+        if last:
+            self.app_of_server.ready.discard(self)
         super().on_response_complete()
         if self._head_since is not None:  # the next head is under way, and has its own clock
             self._unset_keepalive_if_required()
@@ -191,14 +235,35 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         status, told, reason = self._refusal
         self.app_of_server.metrics.rejected(reason)
-        log("rejected", status=status, reason=reason, why=told)
+        if reason == "connections":
+            self.full.log(why=told, connections=len(self.connections))
+        else:
+            log("rejected", status=status, reason=reason, why=told)
         body = orjson.dumps({"error": told})
         head = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
         retry = b"retry-after: 1\r\n" if status == 503 else b""
         head += retry + b"connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head + body)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Hang up, but read on for a while: bytes that nobody reads would reset the connection.
+
+        The client would then lose the answer (RFC 9112, section 9.6).
+        """
+        if len(self.lingering) >= LINGERING:
+            self.transport.close()
+            return
+        self.lingering.add(self)
+        self.connections.discard(self)
         self.transport.write_eof()
-        self.loop.call_later(LINGER, self.transport.close)
+        self.loop.call_later(LINGER, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        self.lingering.discard(self)
+        self.app_of_server.ready.discard(self)
+        super().connection_lost(exc)
 
     def look(self, now: float) -> None:
         """Hang up on a client that sends or takes too slowly."""
@@ -208,14 +273,14 @@ class Protocol(HttpToolsProtocol):
             self._unsent = (left, now)
         elif now - since > self.settings.write_timeout:
             self.app_of_server.metrics.rejected("stalled")
-            self.transport.abort()
+            reset(self.transport)
         if self._refused or self.transport.is_closing():
             return
         if self._head_since is not None:
             if now - self._head_since <= self.settings.head_timeout:
                 return
-            if self.cycle is None and not self._size:
-                self.transport.close()
+            if not self._asking:
+                close_unless_unread(self.transport)
             else:
                 self._refuse_slow("the head of the request", self.settings.head_timeout)
         elif (
@@ -229,22 +294,59 @@ class Protocol(HttpToolsProtocol):
         self._refusal = (408, f"{what}: not all here after {seconds:g} s", "slow")
         self.send_400_response("")
 
-    def shutdown(self) -> None:
-        """Hang up as soon as nothing is being answered, nor waits in the socket to be read."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.keep_alive = False
-        elif not self.transport.is_closing() and unread(self.transport):
-            self.loop.call_later(0.01, self.shutdown)
-        else:
-            self.transport.close()
+    def timeout_keep_alive_handler(self) -> None:
+        """Hang up on a client that has not asked anything for long."""
+        close_unless_unread(self.transport)
+
+    def hang_up_if_quiet(self, now: float, since: float) -> None:
+        """Hang up where no request is being answered, being sent, or likely to be on its way.
+
+        Args:
+            now: the loop's time.
+            since: when the server began to end.
+        """
+        answering = self.cycle is not None and not self.cycle.response_complete
+        quiet = now - max(since, self._head_since or since) >= QUIET
+        if quiet and not answering and not self._asking:
+            close_unless_unread(self.transport)
+
+    def cut(self) -> None:
+        """Refuse a request that is not all here when time is up."""
+        if self._asking and not self.transport.is_closing():
+            self._refusal = (503, "the server stops", "stops")
+            self.send_400_response("")
 
 
-def unread(transport: asyncio.Transport) -> int:
-    """Return how many bytes have arrived that nobody has read (``ioctl`` FIONREAD)."""
+def close_unless_unread(transport: asyncio.Transport) -> None:
+    """Close a connection, unless something has arrived on it that is not read yet.
+
+    A transport closes at the end of the loop's turn. The end of the stream is sent here and now, so
+    that a request can cross it within microseconds only.
+    """
     descriptor = transport.get_extra_info("socket").fileno()
-    if descriptor < 0:
-        return 0
-    (count,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
+    if transport.is_closing() or descriptor < 0:
+        return
+    with socket.socket(fileno=os.dup(descriptor)) as own:
+        if unread(own):
+            return
+        if transport.get_write_buffer_size() == 0:
+            with contextlib.suppress(OSError):  # the client was first
+                own.shutdown(socket.SHUT_WR)
+    transport.close()
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Close a connection and forget what was sent and not taken, in the system's memory too."""
+    descriptor = transport.get_extra_info("socket").fileno()
+    if descriptor >= 0:
+        with socket.socket(fileno=os.dup(descriptor)) as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def unread(connection: socket.socket) -> int:
+    """Return how many bytes have arrived that nobody has read (``ioctl`` FIONREAD)."""
+    (count,) = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, bytes(4)))
     return int(count)
 
 
@@ -255,51 +357,166 @@ class Server(uvicorn.Server):
         config: uvicorn's.
         app: the application.
         settings: how to serve.
+        protocol: the class of its connections.
+        parent: a descriptor that ends when the process does that started this worker; None: it is
+            no worker.
+
+    Attributes:
+        draining: whether it is about to end.
+        status: the exit status so far.
+        on_start: called as soon as it serves.
     """
 
-    def __init__(self, config: uvicorn.Config, app: App, settings: Settings) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: App,
+        settings: Settings,
+        protocol: type[Protocol],
+        parent: int | None = None,
+    ) -> None:
         super().__init__(config)
         self.app = app
         self.settings = settings
+        self.protocol = protocol
         self.draining = False
-        app.tasks = self.server_state.tasks
+        self.status = 0
+        self.on_start: Callable[[], None] = lambda: None
+        self._parent = parent
+        self._listeners: list[socket.socket] = []
+        self._looking = False  # whether it is about to look who else waits to be accepted
+        self._accepted: set[asyncio.Task[Any]] = set()  # connections on their way to a protocol
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections from now on."""
+        await super().startup(sockets)
+        self._listeners = list(sockets or [])
+        self.protocol.on_connection = self._look_for_others
+        self.on_start()
+
+    def _look_for_others(self) -> None:
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_soon(self._accept)
+
+    def _accept(self) -> None:
+        """Accept what else waits.
+
+        libuv accepts one connection in a turn of the loop. Under load, when turns are long, new
+        clients would wait for seconds.
+        """
+        self._looking = False
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            for _ in range(ACCEPTS):
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # there is no other; or too many files are open, which uvloop tells
+                    break
+                connection.setblocking(False)
+                task = loop.create_task(loop.connect_accepted_socket(self._connect, connection))
+                self._accepted.add(task)
+                task.add_done_callback(self._accepted.discard)
+
+    def _connect(self) -> asyncio.Protocol:
+        return self.protocol(self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drain when told to end; a second signal ends it at once."""
+        """Drain when told to end; a second signal ends it at once.
+
+        Not so a worker: the system may send a signal to all processes of a server, and its parent
+        another. Parents kill workers that are to end at once.
+        """
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
             loop.add_signal_handler(number, self._end, number)
+        if self._parent is not None:
+            loop.add_reader(self._parent, self._orphaned)
         try:
             yield
         finally:
+            if self._parent is not None:
+                loop.remove_reader(self._parent)
             for number in signals:
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # it ends already
+
+    def _orphaned(self) -> None:
+        assert self._parent is not None
+        asyncio.get_running_loop().remove_reader(self._parent)
+        log("orphaned", "error", why="the process that started this worker has died")
+        if not self.draining:
+            self._end(signal.SIGTERM)
 
     def _end(self, number: int) -> None:
         if self.draining:
-            self.should_exit = self.force_exit = True
+            if self._parent is None:
+                self.status = 128 + number
+                self.should_exit = self.force_exit = True
             return
-        self.draining = True
+        self.draining = self.protocol.draining = True
         requests = len(self.server_state.tasks) + self.app.calls
         log("draining", signal=signal.Signals(number).name, requests=requests)
-        # every answer from now on says that it is the connection's last
-        self.config.encoded_headers.append((b"connection", b"close"))
-        self.server_state.default_headers.append((b"connection", b"close"))
+        for connection in self._connections():
+            connection.make_last()
         delay = self.settings.drain_delay if number == signal.SIGTERM else 0.0
         asyncio.get_running_loop().call_later(delay, self._stop_accepting)
 
     def _stop_accepting(self) -> None:
         self.should_exit = True
 
+    def _connections(self) -> list[Protocol]:
+        """Return those that are open and in use."""
+        return [one for one in self.server_state.connections if isinstance(one, Protocol)]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take the last connections, answer what was asked, and hang up."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for listener in sockets or []:
+            if not self.force_exit:
+                await empty_backlog(listener)
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        deadline = loop.time() + self.settings.drain
+        while (left := self._left()) and loop.time() < deadline and not self.force_exit:
+            for connection in self._connections():
+                connection.look(loop.time())
+                connection.hang_up_if_quiet(loop.time(), began)
+            await asyncio.sleep(LOOK)
+        if left:
+            await self._cut()
+
+    def _left(self) -> int:
+        refused = len(self.protocol.lingering)
+        return len(self.server_state.connections) + refused + len(self._accepted)
+
+    async def _cut(self) -> None:
+        """Refuse what is not answered yet."""
+        tasks = list(self.server_state.tasks)
+        log("cut", "warning", requests=len(tasks), connections=self._left())
+        for task in tasks:
+            task.cancel()
+        for connection in self._connections():
+            connection.cut()
+        if not self.force_exit:
+            deadline = asyncio.get_running_loop().time() + LAST_WORDS
+            while self._left() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(LOOK)
+        for connection in [*self._connections(), *self.protocol.lingering]:
+            connection.transport.abort()
+        await asyncio.sleep(0)
+
     async def on_tick(self, counter: int) -> bool:
         """Look at the connections now and then."""
         if counter % TICKS == 0:
             now = asyncio.get_running_loop().time()
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Protocol):
-                    connection.look(now)
+            for connection in self._connections():
+                connection.look(now)
             self.app.metrics.queue.set(len(self.server_state.tasks) + self.app.calls)
             self.app.metrics.connections.set(len(self.server_state.connections))
         return await super().on_tick(counter)
@@ -318,5 +535,4 @@ def configure(app: Any, settings: Settings, protocol: type[Protocol]) -> uvicorn
         proxy_headers=False,
         interface="asgi3",
         timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=settings.drain,  # type: ignore[arg-type]
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from mnist_batchnorm.dataset import CLASSES, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.layout import REGISTRY, WEIGHTS_KEY
 from mnist_batchnorm.ledger import Ledger
-from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.results import Parity, read_record
 from mnist_batchnorm.serve.protocol import INPUT, OUTPUT, PIXELS, Float32
+
+if TYPE_CHECKING:
+    from mnist_batchnorm.parity import runtime
 
 # Largest change of a logit over the row's largest that may be another machine's rounding: honest
 # files were measured within 1.1e-5 of float64 arithmetic; what is broken is off by a thousandth.
@@ -74,6 +77,8 @@ def load(
         UserError: The file is missing or is not a model with this project's interface.
         CheckFailedError: It is not proven.
     """
+    from mnist_batchnorm.parity import runtime  # which starts threads: not in a parent of workers
+
     try:
         content = onnx.read_bytes()
     except FileNotFoundError:
@@ -127,7 +132,7 @@ def why_unproven(digest: str, parity: Path) -> str | None:
     return None
 
 
-def why_not_here(session: runtime.Session, digest: str, parity: Path) -> str | None:
+def why_not_here(session: "runtime.Session", digest: str, parity: Path) -> str | None:
     """Say why a proven file does not compute here what it computed when it was proven.
 
     Another ONNX Runtime or processor rounds differently; and what depends on a row's neighbours has
@@ -138,6 +143,8 @@ def why_not_here(session: runtime.Session, digest: str, parity: Path) -> str | N
         digest: its SHA-256.
         parity: the gate's report, which holds golden images and outputs.
     """
+    from mnist_batchnorm.parity import runtime
+
     report = read_record(parity, Parity, "verify")
     goldens = report.goldens
     names = [name for name in files_of(digest, report) if goldens and name in goldens.logits]

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import socket
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -479,34 +478,3 @@ def options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", PINGS),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
-
-
-@contextlib.contextmanager
-def reserved(settings: Settings) -> Iterator[Settings]:
-    """Hold the port that all processes of the server then share (``SO_REUSEPORT``).
-
-    Yields:
-        The settings, with the port's number where any was asked for.
-
-    Raises:
-        UserError: It is taken, or the address is not this machine's.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            settings.host, settings.grpc_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        if settings.grpc_port:
-            with socket.socket(family, kind) as probe:  # another server might share its port too
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        holder = socket.socket(family, kind)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {settings.host}, port {settings.grpc_port} for gRPC: "
-            f"{error.strerror or error}"
-        ) from None
-    with holder:
-        host, port = holder.getsockname()[:2]
-        yield replace(settings, host=host, grpc_port=port)

@@ -6,48 +6,19 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
-from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.serve.app import ASGI, App
 from mnist_batchnorm.serve.catalog import Catalog, Source
 from mnist_batchnorm.serve.control import Control
 from mnist_batchnorm.serve.http import Protocol, Server, configure
+from mnist_batchnorm.serve.listener import address_of
 from mnist_batchnorm.serve.log import log, take_over_logging
 from mnist_batchnorm.serve.metrics import Metrics
 from mnist_batchnorm.serve.protocol import HEADER_LENGTH
+from mnist_batchnorm.serve.roll import Roll
 from mnist_batchnorm.serve.routes import Routes
 from mnist_batchnorm.serve.settings import Settings
 
-BACKLOG = 2048  # connections that the system holds for us
 PAUSE = 0.5  # seconds between looks at the process that fetches models
-
-
-def listen(settings: Settings) -> socket.socket:
-    """Bind the server's port.
-
-    Raises:
-        UserError: It is taken, or the address is not this machine's.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}"
-        ) from None
-    return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """Return the URL at which a server is reached on this machine."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def cross_origin(app: App, settings: Settings) -> ASGI:
@@ -71,15 +42,22 @@ def serve(
     sources: Sequence[Source],
     settings: Settings,
     listener: socket.socket,
+    roll: Roll,
+    parent: int | None = None,
     tend: Callable[[], None] = lambda: None,
-) -> None:
+) -> int:
     """Serve in this process until SIGTERM or SIGINT.
 
     Args:
-        sources: where the models come from.
+        sources: of the models.
         settings: how to serve.
         listener: the port.
+        roll: of the server's processes.
+        parent: a descriptor that ends when the process does that started this worker.
         tend: what this process does now and then besides.
+
+    Returns:
+        The exit status: 0, or 128 and the signal that ended it at once.
 
     Raises:
         UserError: A model is missing or is no model.
@@ -88,18 +66,23 @@ def serve(
     take_over_logging()
     metrics = Metrics()
     catalog = Catalog(sources, metrics)
-    catalog.load()
-    assert settings.state
-    control = Control(catalog, settings.state, settings.watch)
+    control = Control(catalog, roll, settings.watch)
+    control.start()
     routes = Routes(catalog, control, settings, metrics, lambda: server.draining)
     app = App(catalog, settings, metrics, routes)
-    protocol = type("BoundProtocol", (Protocol,), {"settings": settings, "app_of_server": app})
-    server = Server(configure(cross_origin(app, settings), settings, protocol), app, settings)
+    protocol = type(
+        "BoundProtocol",
+        (Protocol,),
+        {"settings": settings, "app_of_server": app, "lingering": set()},
+    )
+    config = configure(cross_origin(app, settings), settings, protocol)
+    server = Server(config, app, settings, protocol, parent)
     gc.enable()
     gc.freeze()  # what is here now stays, so the collector need not look at it again
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(_run(server, control, listener, tend))
     log("stopped", pid=os.getpid())
+    return server.status
 
 
 async def _run(
@@ -117,7 +100,12 @@ async def _run(
         where["grpc"] = await calls.start()
         stop = calls.run(lambda: server.should_exit, lambda: server.force_exit)
         beside.append(asyncio.create_task(stop))
-    log("serving", **where, pid=os.getpid(), models=models)
+
+    def serving() -> None:
+        control.serve()
+        log("serving", **where, pid=os.getpid(), ids=server.app.process, models=models)
+
+    server.on_start = serving
     try:
         await server.serve([listener])
     finally:

@@ -4,30 +4,43 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
+from mnist_batchnorm.cli import status_of
+from mnist_batchnorm.serve.listener import SETTLE
 from mnist_batchnorm.serve.log import log
 from mnist_batchnorm.serve.metrics import forget
+from mnist_batchnorm.serve.roll import Roll
 from mnist_batchnorm.serve.settings import Settings
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-PAUSE = 0.1  # seconds between looks at the workers
-GRACE = 2.0  # seconds beyond the workers' own deadline after which they are killed
-YOUNG = 5.0  # seconds; a worker that ends sooner after its start would so again
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 3.0  # seconds beyond the workers' own deadline after which they are killed
+YOUNG = 5.0  # seconds; for one that dies sooner after its start there is none at once
+PAUSE = 1.0  # seconds until there is
+TICK = 0.5  # seconds between looks at the time
 
 
 class Workers:
     """Starts workers, and another for each that dies.
 
+    The first must serve before there are more, so what is wrong with a model is said once. This
+    process itself imports little and has one thread: ONNX Runtime has threads as soon as it is
+    imported, and is not to be forked then.
+
     Args:
         settings: how many, and how long they have to end.
         listener: the port that they share.
-        work: what each does; gets the port, and returns when told to end.
+        roll: of those that serve.
+        work: what each does; gets a descriptor that ends when this process does, and returns an
+            exit status.
         tend: what this process does now and then besides.
     """
 
@@ -35,72 +48,138 @@ class Workers:
         self,
         settings: Settings,
         listener: socket.socket,
-        work: Callable[[], None],
+        roll: Roll,
+        work: Callable[[int], int],
         tend: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.listener = listener
+        self.roll = roll
         self.work = work
         self.tend = tend
-        self._context = multiprocessing.get_context("fork")  # what is imported need not be again
-        self._workers: dict[BaseProcess, float] = {}
-        self._ended = threading.Event()
+        self._context = multiprocessing.get_context("fork")
+        self._workers: dict[BaseProcess, float] = {}  # -> when it was started
+        self._due: list[float] = []  # when to start others
+        self._served = False  # whether any worker ever has
+        self._deadline: float | None = None  # of the end, once it has begun
+        self._status = 0
+        # the system closes the second end however this process ends
+        self._life, self._own_life = os.pipe()
 
     def run(self) -> int:
-        """Work until SIGTERM or SIGINT.
+        """Work until SIGTERM or SIGINT; a second one ends it at once.
 
         Returns:
-            The exit status: that of a worker which could not start, else 0.
+            The exit status: 0; that of a worker, where none could start; 1 where one had to be
+            killed; 128 and the signal where it was ended at once.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._end)
-        for _ in range(self.settings.workers):
+        with hear(SIGNALS) as signals:
             self._start()
-        status = 0
-        while not self._ended.wait(PAUSE):
-            status = self._replace_dead()
-            if status:
-                self._end(signal.SIGTERM, None)
-            self.tend()
-        self._wait()
+            while self._workers or self._deadline is None:
+                wait([signals, *(worker.sentinel for worker in self._workers)], self._pause())
+                for number in heard(signals):
+                    self._end(number)
+                self._look_at_workers()
+                self._look_at_time()
+                self.tend()
         log("stopped", pid=os.getpid())
-        return status
+        return self._status
+
+    def _pause(self) -> float:
+        if not self._served:
+            return 0.02
+        return max(0.0, min([TICK, *(due - time.monotonic() for due in self._due)]))
 
     def _start(self) -> None:
+        # a signal that comes between the fork and the worker's own handlers waits
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         worker = self._context.Process(target=self._work)
         worker.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._workers[worker] = time.monotonic()
 
     def _work(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        self.work()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        os.close(self._own_life)
+        sys.exit(status_of(lambda: self.work(self._life)))
 
-    def _replace_dead(self) -> int:
-        """Replace workers that died; return the status of one that could not even start."""
+    def _look_at_workers(self) -> None:
+        """Start the others once the first serves; replace those that died."""
+        now = time.monotonic()
         for worker, since in list(self._workers.items()):
+            serves = self.roll.serves(worker.pid or 0)
+            if serves and not self._served:
+                self._served = True
+                self._due = [now] * (self.settings.workers - 1)
             if worker.exitcode is None:
                 continue
             del self._workers[worker]
-            log("worker died", "error", pid=worker.pid, status=worker.exitcode)
+            self.roll.strike(worker.pid or 0)
             forget(worker.pid or 0)
-            if worker.exitcode > 0 and time.monotonic() - since < YOUNG:
-                return worker.exitcode
-            self._start()
-        return 0
+            if self._deadline is not None:
+                continue
+            if not self._served and worker.exitcode > 0:  # it has said why
+                self._status = worker.exitcode
+                self._deadline = now
+                continue
+            log("worker died", "error", pid=worker.pid, status=worker.exitcode)
+            self._due.append(now if now - since > YOUNG else now + PAUSE)
 
-    def _end(self, number: int, _: object) -> None:
-        self._ended.set()
-        for worker in self._workers:
-            if worker.exitcode is None and worker.pid:
-                os.kill(worker.pid, number)
+    def _look_at_time(self) -> None:
+        now = time.monotonic()
+        if self._deadline is None:
+            while self._due and min(self._due) <= now:
+                self._due.remove(min(self._due))
+                self._start()
+        elif now > self._deadline and self._workers:
+            self._status = self._status or 1
+            self._kill("it did not end in time")
 
-    def _wait(self) -> None:
-        self.listener.close()  # only the workers' own copies keep the port open now
-        deadline = time.monotonic() + self.settings.drain_delay + self.settings.drain + GRACE
+    def _end(self, number: int) -> None:
+        if self._deadline is None:
+            settings = self.settings
+            patience = settings.drain_delay + SETTLE + settings.drain + GRACE
+            self._deadline = time.monotonic() + patience
+            self.listener.close()  # only the workers' own copies keep the port open now
+            for worker in self._workers:
+                if worker.exitcode is None and worker.pid:
+                    os.kill(worker.pid, number)
+        else:
+            self._status = 128 + number
+            self._kill("a second signal")
+
+    def _kill(self, why: str) -> None:
         for worker in self._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
             if worker.exitcode is None:
-                log("killed", "error", pid=worker.pid, why="it did not end in time")
+                log("killed", "error", pid=worker.pid, why=why)
                 worker.kill()
-                worker.join()
+
+
+@contextmanager
+def hear(numbers: tuple[signal.Signals, ...]) -> Iterator[socket.socket]:
+    """Yield a socket in which the numbers of signals arrive, a byte each."""
+    ear, mouth = socket.socketpair()
+    for end in (ear, mouth):
+        end.setblocking(False)
+    signal.set_wakeup_fd(mouth.fileno())
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    try:
+        yield ear
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # it ends already
+        signal.set_wakeup_fd(-1)
+        ear.close()
+        mouth.close()
+
+
+def heard(signals: socket.socket) -> bytes:
+    """Return the numbers of the signals that came."""
+    try:
+        return signals.recv(64)
+    except BlockingIOError:
+        return b""
