@@ -93,6 +93,14 @@ def test_of_equal_logits_the_lower_class_is_first() -> None:
     assert list(classified(logits, 3)) == texts
 
 
+def test_a_class_has_its_logit_as_the_list_of_logits_has_it() -> None:
+    logits = np.array([[8.271688, 0.1, -3.7832954, 1e-10, 1 / 3, 0, 0, 0, 0, 0]], np.float32)
+    listed, _ = encode(InferRequest(NO_IMAGE), logits, "m", "1")
+    ranked, _ = encode(InferRequest(NO_IMAGE, classes=3), logits, "m", "1")
+    assert b"8.271688,0.1," in listed
+    assert b'"8.271688:0","0.33333334:4","0.1:1"' in ranked
+
+
 def test_a_raw_text_stands_behind_its_length() -> None:
     assert pack(["a", "", "ü"]) == b"\1\0\0\0a\0\0\0\0\2\0\0\0\xc3\xbc"
 

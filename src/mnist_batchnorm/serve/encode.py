@@ -45,10 +45,13 @@ def encode(
 
 
 def classified(logits: Float32, classes: int) -> Iterator[str]:
-    """Give each row's largest logits with their classes, as ``logit:class``, largest first."""
+    """Give each row's largest logits with their classes, as ``logit:class``, largest first.
+
+    A logit is the shortest decimal that reads back as the same float32, as in a list of logits.
+    """
     ranked = np.argsort(-logits, axis=1, kind="stable")[:, :classes]
     for row, indices in zip(logits, ranked.tolist(), strict=True):
-        yield from (f"{row[index]}:{index}" for index in indices)
+        yield from (f"{row[index]!s}:{index}" for index in indices)  # without !s, as float64
 
 
 def pack(texts: list[str]) -> bytes:
