@@ -13,6 +13,7 @@ import requests
 
 from mnist_batchnorm import serve
 from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.serve.app import TRACEPARENT
 from tests import commands
 from tests.conftest import ROOT
 from tests.serving import Server, lay, running
@@ -248,6 +249,37 @@ def test_requests_can_be_found_again(folder: Path) -> None:
     (rejected,) = (line for line in lines if line["event"] == "rejected")
     assert rejected["why"] == bad.json()["error"]
     assert "traceparent" not in rejected
+
+
+def test_requests_that_need_no_model_can_be_found_again_too(folder: Path) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with running("--access-log", folder=folder) as server:
+        headers = {"X-Request-Id": "mine", "traceparent": trace}
+        told = requests.get(f"{server.url}/v2", headers=headers, timeout=10)
+        own = requests.get(f"{server.url}/v2/health/live", timeout=10)
+        lines = server.events("answered")
+
+    assert (told.headers["x-request-id"], told.headers["traceparent"]) == ("mine", trace)
+    assert [line["request_id"] for line in lines] == ["mine", own.headers["x-request-id"]]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("GET", "/v2", 200),
+        ("GET", "/v2/health/live", 200),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parent", "valid"),
+    [
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+        ("01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00", True),
+        ("ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", False),
+        ("00-00000000000000000000000000000000-b7ad6b7169203331-01", False),
+        ("00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01", False),
+        ("00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01", False),
+    ],
+)
+def test_a_trace_is_passed_on_only_if_it_is_one(parent: str, valid: bool) -> None:
+    assert bool(TRACEPARENT.fullmatch(parent.encode())) is valid
 
 
 def test_metrics_and_statistics_count(folder: Path) -> None:

@@ -28,7 +28,13 @@ from mnist_batchnorm.serve.encode import encode
 from mnist_batchnorm.serve.log import Sparse, log
 from mnist_batchnorm.serve.metrics import Meters, Metrics
 from mnist_batchnorm.serve.models import Model
-from mnist_batchnorm.serve.protocol import HEADER_LENGTH, RequestError, busy, unauthorized
+from mnist_batchnorm.serve.protocol import (
+    HEADER_LENGTH,
+    LONGEST,
+    RequestError,
+    busy,
+    unauthorized,
+)
 from mnist_batchnorm.serve.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -41,7 +47,10 @@ BINARY = (b"content-type", b"application/octet-stream")
 OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json"))
 OPEN_FOLDERS = ("/v2/health/", "/static/")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # visible ASCII
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C, level 1
+# W3C, level 1: neither version ff nor an id of zeros is valid
+TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 
 
 class App:
@@ -88,7 +97,7 @@ class App:
             if self._token is not None and not self._allowed(scope["path"], head):
                 raise unauthorized()
             if served is None or scope["method"] != "POST":
-                await self.cold(scope, receive, send)
+                await self._answer_cold(scope, head, receive, send)
                 return
             self._check_queue()
             await self._infer(served, head, receive, send)
@@ -116,6 +125,23 @@ class App:
             return True
         assert self._token is not None
         return has_token(head, self._token)
+
+    async def _answer_cold(
+        self, scope: Scope, head: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        status = 0
+
+        async def send_traced(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *self.trace(head)]
+            await send(message)
+
+        await self.cold(scope, receive, send_traced)
+        if self.settings.access_log:
+            path = scope["path"][:LONGEST]
+            log("answered", method=scope["method"], path=path, status=status, **told(head))
 
     async def _infer(
         self, served: tuple[Model, Meters], head: dict[bytes, bytes], receive: Receive, send: Send

@@ -23,7 +23,6 @@ NEEDED = frozenset(
         b"authorization",
         b"x-request-id",
         b"traceparent",
-        b"tracestate",
     )
 )
 
