@@ -307,6 +307,16 @@ def test_metrics_and_statistics_count(folder: Path) -> None:
     assert stat in everything
 
 
+def test_figures_of_other_servers_are_no_concern(folder: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "theirs"
+    shared.mkdir()
+    with running(folder=folder, env={"PROMETHEUS_MULTIPROC_DIR": str(shared)}) as server:
+        text = get(server, "/metrics").text
+
+    assert "process_resident_memory_bytes" in text
+    assert not list(shared.iterdir())
+
+
 def test_the_server_imports_neither_torch_nor_mlflow() -> None:
     modules = "run", "workers", "routes", "catalog"
     imports = "\n".join(f"import mnist_batchnorm.serve.{name}" for name in modules)
