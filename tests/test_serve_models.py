@@ -8,9 +8,11 @@ from shutil import copytree
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from mnist_batchnorm.errors import CheckFailedError
+from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.layout import MODELS, SERVED
 from mnist_batchnorm.results import PARITY
 from mnist_batchnorm.serve import models
@@ -39,6 +41,27 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(laid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copytree(laid, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "classes", "says"),
+    [(784, 7, r"float32 \[1, 7\] for one image, expected float32 \[1, 10\]"), (28, 10, "run on")],
+)
+def test_another_interface_is_no_risk_that_one_can_take(
+    pixels: int, classes: int, says: str
+) -> None:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
+        for name, size in (("image", pixels), ("logits", classes))
+    ]
+    weights = numpy_helper.from_array(np.ones((pixels, classes), np.float32), "weights")
+    node = helper.make_node("MatMul", ["image", "weights"], ["logits"])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weights])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, ir_version=9, opset_imports=opset), "other.onnx")
+
+    with pytest.raises(UserError, match=says):
+        models.load("other", Path("other.onnx"), PARITY, allow_unverified=True)
 
 
 @pytest.mark.parametrize("name", SERVED)

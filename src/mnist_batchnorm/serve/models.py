@@ -97,6 +97,15 @@ def load(
         raise UserError(
             f"{onnx} maps {session.input!r} to {session.output!r}, not {INPUT!r} to {OUTPUT!r}"
         )
+    try:
+        logits = session.run(np.zeros((1, PIXELS), np.float32))
+    except runtime.RuntimeFailedError as error:
+        raise UserError(f"{onnx} does not run on {INPUT} [1, {PIXELS}]: {error}") from None
+    if logits.shape != (1, CLASSES) or logits.dtype != np.float32:
+        raise UserError(
+            f"{onnx} gives {OUTPUT} {logits.dtype} {list(logits.shape)} for one image, expected "
+            f"float32 [1, {CLASSES}]"
+        )
     problem = problem or why_not_here(session, digest, parity)
     if problem and not allow_unverified:
         raise not_served(onnx, problem)
