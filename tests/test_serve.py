@@ -132,6 +132,14 @@ def test_versions_side_by_side(folder: Path) -> None:
     assert answers == [first, first, second]
 
 
+@pytest.mark.parametrize("word", ["=models/bn.onnx", "a/b=models/bn.onnx", "a/b=models:/m/1"])
+def test_a_name_that_no_address_can_hold_is_told(folder: Path, word: str) -> None:
+    status, says = start(folder, word)
+
+    assert status == 2
+    assert f"{word}: got" in says
+
+
 # --- who ----------------------------------------------------------------------------------------
 
 

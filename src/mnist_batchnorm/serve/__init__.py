@@ -186,7 +186,7 @@ def sources_of(
         allow_unverified: serve whatever the reports say.
 
     Raises:
-        UserError: An address in MLflow's registry is none.
+        UserError: An address in MLflow's registry is none, or a model's name fits into no URL.
     """
     from mnist_batchnorm.serve.catalog import FileSource
     from mnist_batchnorm.serve.registered import SCHEME, Address, RegisteredSource
@@ -195,6 +195,11 @@ def sources_of(
     sources: list[Source] = []
     for number, word in enumerate(files):
         name, equals, what = ("", "", word) if word.startswith(SCHEME) else word.partition("=")
+        if equals and (not name or "/" in name):
+            raise UserError(
+                f"{word}: got {name!r} before =, expected the model's name, without /; a file "
+                "whose path has a = goes behind one, NAME=FILE"
+            )
         if what.startswith(SCHEME):
             address = Address.parse(what)
             folder = state / "registry" / str(number)
