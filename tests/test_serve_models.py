@@ -1,8 +1,9 @@
 """What a file must show to be served: the gate's word for its bytes, and its golden outputs."""
 
+import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -16,6 +17,8 @@ from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.layout import MODELS, SERVED
 from mnist_batchnorm.results import PARITY
 from mnist_batchnorm.serve import models
+from mnist_batchnorm.serve.catalog import Catalog
+from mnist_batchnorm.serve.metrics import Metrics
 from mnist_batchnorm.serve.models import Model
 from tests.serving import NETWORK, lay
 
@@ -62,6 +65,38 @@ def test_another_interface_is_no_risk_that_one_can_take(
 
     with pytest.raises(UserError, match=says):
         models.load("other", Path("other.onnx"), PARITY, allow_unverified=True)
+
+
+@dataclass
+class Given:
+    """A source of whatever the test puts there."""
+
+    model: Model
+    name: str = "digits"
+
+    def state(self) -> tuple[object, ...]:
+        return self.model.identity
+
+    def load(self) -> Model:
+        return self.model
+
+
+def test_no_file_hides_another_of_its_version() -> None:
+    first, second = (
+        replace(load(name), name="digits", version="1") for name in ("mnist-bn", "mnist-bn-folded")
+    )
+    with pytest.raises(CheckFailedError, match="digits has two files of version 1"):
+        Catalog([Given(first), Given(second)], Metrics()).load()
+    Catalog([Given(first), Given(first)], Metrics()).load()
+
+    source = Given(replace(second, version="2"))
+    catalog = Catalog([Given(first), source], Metrics())
+    catalog.load()
+    source.model = second
+    asyncio.run(catalog.refresh())
+
+    assert catalog.versions("digits") == ["1", "2"]
+    assert "two files of version 1" in (catalog.slots[1].problem or "")
 
 
 @pytest.mark.parametrize("name", SERVED)

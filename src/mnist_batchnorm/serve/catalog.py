@@ -153,12 +153,12 @@ class Catalog:
 
         Raises:
             UserError: One is missing or is no model.
-            CheckFailedError: One is not fit to be served.
+            CheckFailedError: One is not fit to be served, or would hide another.
         """
         for slot in self._slots:
             if slot.source.name not in self.unloaded:
                 slot.seen = slot.source.state()
-                slot.model = slot.source.load()
+                slot.model = self._load(slot)
         self.publish()
 
     def unload(self, names: frozenset[str]) -> None:
@@ -168,6 +168,20 @@ class Catalog:
             if slot.source.name in names:
                 slot.model = slot.seen = slot.problem = None
         self.publish()
+
+    def _load(self, slot: Slot) -> Model:
+        model = slot.source.load()
+        for other in self._slots:
+            if other is slot or other.model is None:
+                continue
+            theirs = other.model
+            same = (theirs.name, theirs.version) == (model.name, model.version)
+            if same and theirs.sha256 != model.sha256:
+                raise CheckFailedError(
+                    f"{model.name} has two files of version {model.version}, SHA-256 "
+                    f"{theirs.sha256[:12]}… and {model.sha256[:12]}…; serve one under another name"
+                )
+        return model
 
     async def refresh(self, name: str | None = None) -> None:
         """Look at the sources, of one name or all, and serve what they hold by now.
@@ -192,7 +206,7 @@ class Catalog:
     async def _try(self, slot: Slot) -> bool:
         source, before = slot.source, slot.model
         try:
-            model = await asyncio.to_thread(source.load)
+            model = await asyncio.to_thread(self._load, slot)
         except (UserError, CheckFailedError) as error:
             slot.problem = str(error)
             kept = before and before.version
