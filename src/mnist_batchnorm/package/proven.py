@@ -11,16 +11,13 @@ import numpy.typing as npt
 
 from mnist_batchnorm.dataset import Split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY, REPORTS, WEIGHTS_KEY
+from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY, SERVED, WEIGHTS_KEY
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.regress import load_fixture
-from mnist_batchnorm.results import Parity, read_record
+from mnist_batchnorm.results import PARITY, Parity, read_record
 from mnist_batchnorm.serve.models import SHORT, registered_version, why_unproven
 
 Float32 = npt.NDArray[np.float32]
-
-PARITY = REPORTS / "parity.json"
-SERVED = {**REGISTERED, "mnist-plain": "plain.onnx"}  # name -> its file in models/
 
 
 @dataclass(frozen=True)
