@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import requests
 
@@ -335,6 +336,12 @@ def test_the_server_imports_neither_torch_nor_mlflow() -> None:
     )
 
     assert done.stdout == "set()\n"
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    silent = [p.name for p in serve.command.params if isinstance(p, click.Option) and not p.help]
+
+    assert silent == []
 
 
 def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,40 +28,149 @@ seconds = click.FloatRange(min=0.0, min_open=True)
 
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
-    "--grpc-port", type=click.IntRange(0, 65535), help="Answer gRPC too, on this port; 0: any."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Address to listen on.",
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256))
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Port to listen on; 0: any.",
+)
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Answer gRPC too, on this port; 0: any.",
+)
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Processes that share the port.",
+)
 @click.option(
     "--parity",
     default=REPORTS / "parity.json",
     show_default=True,
     type=click.Path(path_type=Path),
+    metavar="FILE",
     help="The gate's report on the files.",
 )
 @click.option("--allow-unverified", is_flag=True, help="Serve what the gate has not passed.")
-@click.option("--token-file", type=click.Path(path_type=Path), help=f"Or {TOKEN} holds the token.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"Holds the token that requests must bear; {TOKEN} may, too.",
+)
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without a token.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask.")
-@click.option("--max-body", default=32 << 20, show_default=True, type=click.IntRange(1 << 10))
-@click.option("--max-rows", default=10_000, show_default=True, type=click.IntRange(1))
-@click.option("--max-connections", default=4096, show_default=True, type=click.IntRange(1))
-@click.option("--queue", default=512, show_default=True, type=click.IntRange(1))
-@click.option("--head-timeout", default=10.0, show_default=True, type=seconds)
-@click.option("--body-timeout", default=30.0, show_default=True, type=seconds)
-@click.option("--write-timeout", default=30.0, show_default=True, type=seconds)
-@click.option("--keep-alive", default=75.0, show_default=True, type=seconds)
-@click.option("--drain-delay", default=1.0, show_default=True, type=click.FloatRange(0.0))
-@click.option("--drain", default=20.0, show_default=True, type=seconds)
-@click.option("--watch", default=1.0, show_default=True, type=click.FloatRange(0.0))
+@click.option(
+    "--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask; may be repeated."
+)
+@click.option(
+    "--max-body",
+    default=32 << 20,
+    show_default=True,
+    type=click.IntRange(1 << 10),
+    metavar="BYTES",
+    help="Largest body of a request, also when it is unpacked.",
+)
+@click.option(
+    "--max-rows",
+    default=10_000,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Most images in a request.",
+)
+@click.option(
+    "--max-connections",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Most connections; one more gets 503.",
+)
+@click.option(
+    "--queue",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Most requests that wait; one more gets 503.",
+)
+@click.option(
+    "--head-timeout",
+    default=10.0,
+    show_default=True,
+    type=seconds,
+    metavar="SECONDS",
+    help="For a request's head to arrive.",
+)
+@click.option(
+    "--body-timeout",
+    default=30.0,
+    show_default=True,
+    type=seconds,
+    metavar="SECONDS",
+    help="For its body to arrive.",
+)
+@click.option(
+    "--write-timeout",
+    default=30.0,
+    show_default=True,
+    type=seconds,
+    metavar="SECONDS",
+    help="In which a client must take some of its answer.",
+)
+@click.option(
+    "--keep-alive",
+    default=75.0,
+    show_default=True,
+    type=seconds,
+    metavar="SECONDS",
+    help="For which a connection may lie idle.",
+)
+@click.option(
+    "--drain-delay",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0.0),
+    metavar="SECONDS",
+    help="To serve on, not ready, after SIGTERM; more than the probes' period.",
+)
+@click.option(
+    "--drain",
+    default=20.0,
+    show_default=True,
+    type=seconds,
+    metavar="SECONDS",
+    help="For requests in flight to end after that.",
+)
+@click.option(
+    "--watch",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0.0),
+    metavar="SECONDS",
+    help="Between looks for new models; 0: never, nor in MLflow's registry.",
+)
 @click.option(
     "--watch-registry",
     default=10.0,
     show_default=True,
     type=click.FloatRange(0.0),
-    help="Seconds between looks at MLflow's registry; 0: never.",
+    metavar="SECONDS",
+    help="Between looks at MLflow's registry; 0: never.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Pass NaN and infinities to the model.")
 @click.option("--access-log", is_flag=True, help="Log each request.")
