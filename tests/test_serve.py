@@ -231,6 +231,14 @@ def test_other_sites_may_ask_only_where_named(folder: Path) -> None:
 # --- how ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("origin", ["https://a.example/", "a.example", "https://a.example/x", ""])
+def test_a_site_that_no_browser_would_name_is_told(folder: Path, origin: str) -> None:
+    status, says = start(folder, "--cors", origin)
+
+    assert status == 2
+    assert f"--cors: got {origin!r}" in says
+
+
 def test_a_taken_port_is_told(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, says = start(folder, "--port", str(taken.getsockname()[1]))

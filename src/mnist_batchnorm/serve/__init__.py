@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - the variable's name
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client keeps what processes share
 LONG_ENOUGH = 16  # characters of a token
+ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 NAMES = {file: name for name, file in SERVED.items()}
 
 seconds = click.FloatRange(min=0.0, min_open=True)
@@ -226,6 +228,12 @@ def command(
                 f"--host {host} lets other machines in: give a token by --token-file or {TOKEN}, "
                 "or say --insecure"
             )
+        for origin in cors:
+            if not ORIGIN.fullmatch(origin):
+                raise UserError(
+                    f"--cors: got {origin!r}, expected what browsers send as Origin, like "
+                    "https://app.example.org, or *"
+                )
         settings = Settings(
             host=host,
             port=port,
