@@ -1,7 +1,9 @@
 """The command: what it starts with, whom it answers, and what it refuses to serve."""
 
+import contextlib
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -139,6 +141,31 @@ def test_a_name_that_no_address_can_hold_is_told(folder: Path, word: str) -> Non
 
     assert status == 2
     assert f"{word}: got" in says
+
+
+def test_bodies_together_have_a_limit(folder: Path) -> None:
+    megabyte, limit = 1 << 20, 4 << 20
+    head = b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    with (
+        running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        both = [stack.enter_context(socket.create_connection(server.address, 10)) for _ in range(2)]
+        for connection in both:
+            connection.sendall(head % limit + bytes(3 * megabyte))
+        (one,), _, _ = select.select(both, [], [], 10)
+        refused = one.recv(1 << 16)
+        (other,) = (connection for connection in both if connection is not one)
+        other.sendall(bytes(megabyte))
+        answered = other.recv(1 << 16)
+        asked = requests.post(
+            f"{server.url}/v2/models/mnist-bn/infer", json={"inputs": [STROKE]}, timeout=10
+        )
+
+    assert refused.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1" in refused
+    assert answered.startswith(b"HTTP/1.1 400")  # it is no JSON, and was read to its end
+    assert asked.status_code == 200
 
 
 # --- who ----------------------------------------------------------------------------------------

@@ -87,6 +87,14 @@ seconds = click.FloatRange(min=0.0, min_open=True)
     help="Largest body of a request, also when it is unpacked.",
 )
 @click.option(
+    "--max-bodies",
+    default=256 << 20,
+    show_default=True,
+    type=click.IntRange(1 << 10),
+    metavar="BYTES",
+    help="Largest sum of the bodies that are held at once; more get 503.",
+)
+@click.option(
     "--max-rows",
     default=10_000,
     show_default=True,
@@ -188,6 +196,7 @@ def command(
     insecure: bool,
     cors: tuple[str, ...],
     max_body: int,
+    max_bodies: int,
     max_rows: int,
     max_connections: int,
     queue: int,
@@ -234,6 +243,8 @@ def command(
                     f"--cors: got {origin!r}, expected what browsers send as Origin, like "
                     "https://app.example.org, or *"
                 )
+        if max_bodies < max_body:
+            raise UserError(f"--max-bodies {max_bodies}: expected --max-body, {max_body}, or more")
         settings = Settings(
             host=host,
             port=port,
@@ -241,6 +252,7 @@ def command(
             workers=workers,
             limits=Limits(max_rows, allow_nonfinite),
             max_body=max_body,
+            max_bodies=max_bodies,
             max_connections=max_connections,
             queue=queue,
             head_timeout=head_timeout,

@@ -15,8 +15,10 @@ import orjson
 from mnist_batchnorm.parity.runtime import RuntimeFailedError
 from mnist_batchnorm.serve.body import (
     ClientGoneError,
+    Held,
     Message,
     Receive,
+    Room,
     discard_body,
     length_of,
     pick,
@@ -71,6 +73,7 @@ class App:
         self.ready: set[object] = set()  # connections with a request that is all here, unanswered
         self.calls = 0  # over gRPC that are not answered yet
         self._token = settings.token.encode() if settings.token else None
+        self._room = Room(settings.max_bodies)
         self._ids = itertools.count()
         self._busy = Sparse("busy")
         self.process = secrets.token_hex(6)  # which the ids that it gives to requests begin with
@@ -100,7 +103,8 @@ class App:
                 await self._answer_cold(scope, head, receive, send)
                 return
             self._check_queue()
-            await self._infer(served, head, receive, send)
+            with Held(self._room, receive) as held:
+                await self._infer(served, head, held, send)
         except RequestError as error:
             await self._refuse(error, model, head, receive, send)
         except ClientGoneError:
@@ -138,7 +142,8 @@ class App:
                 message["headers"] = [*message["headers"], *self.trace(head)]
             await send(message)
 
-        await self.cold(scope, receive, send_traced)
+        with Held(self._room, receive) as held:
+            await self.cold(scope, held, send_traced)
         if self.settings.access_log:
             path = scope["path"][:LONGEST]
             log("answered", method=scope["method"], path=path, status=status, **told(head))

@@ -3,9 +3,9 @@
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Self
 
-from mnist_batchnorm.serve.protocol import HEADER_LENGTH, RequestError, refuse
+from mnist_batchnorm.serve.protocol import HEADER_LENGTH, RequestError, busy, refuse
 from mnist_batchnorm.serve.settings import Settings
 
 Message = MutableMapping[str, Any]
@@ -48,6 +48,53 @@ def length_of(head: dict[bytes, bytes], name: bytes) -> int | None:
     if not value.isdigit() or len(value) > DIGITS:
         refuse(name.decode().title(), value.decode("latin-1"), "a number of bytes", "header")
     return int(value)
+
+
+class Room:
+    """How many bytes of bodies are held at once, of all requests together.
+
+    Attributes:
+        limit: how many may be.
+        held: how many are.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+
+class Held:
+    """Receives a request's body while there is room for it; gives the room back at the end.
+
+    Args:
+        room: that it takes of.
+        receive: gives what comes.
+    """
+
+    def __init__(self, room: Room, receive: Receive) -> None:
+        self._room = room
+        self._receive = receive
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._room.held -= self._size
+
+    async def __call__(self) -> Message:
+        """Return what comes next.
+
+        Raises:
+            RequestError: There is no room for it.
+        """
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self._size += size
+        self._room.held += size
+        if self._room.held > self._room.limit:
+            raise busy("the server holds too many large requests, try again", unread=True)
+        return message
 
 
 async def read_body(head: dict[bytes, bytes], receive: Receive, settings: Settings) -> bytes:

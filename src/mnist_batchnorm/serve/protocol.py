@@ -111,9 +111,9 @@ def refuse(
     raise RequestError(f"{where}: got {short}, expected {expected}", status, reason)
 
 
-def busy(message: str) -> RequestError:
+def busy(message: str, *, unread: bool = False) -> RequestError:
     """Return a refusal of what may well be answered a second later."""
-    return RequestError(message, 503, "busy", headers=[(b"retry-after", b"1")])
+    return RequestError(message, 503, "busy", unread=unread, headers=[(b"retry-after", b"1")])
 
 
 def unauthorized() -> RequestError:
