@@ -168,6 +168,24 @@ def test_bodies_together_have_a_limit(folder: Path) -> None:
     assert asked.status_code == 200
 
 
+def test_what_is_refused_keeps_no_memory(folder: Path) -> None:
+    megabyte, limit = 1 << 20, 16 << 20
+    limits = ("--max-body", f"{limit}", "--max-bodies", f"{28 * megabyte}")
+    head = b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    with (
+        running(*limits, folder=folder) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        before = server.memory()
+        for _ in range(12):
+            connection = socket.create_connection(server.address, 10)
+            stack.enter_context(connection).sendall(head % limit + bytes(15 * megabyte))
+        get(server, "/v2")
+        kept = server.memory() - before
+
+    assert kept < 80 * megabyte  # one body, and what there was room for beside it
+
+
 # --- who ----------------------------------------------------------------------------------------
 
 

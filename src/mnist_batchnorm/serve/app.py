@@ -106,6 +106,7 @@ class App:
             with Held(self._room, receive) as held:
                 await self._infer(served, head, held, send)
         except RequestError as error:
+            error.__traceback__ = None  # its frames would keep the body while the rest is read
             await self._refuse(error, model, head, receive, send)
         except ClientGoneError:
             self.metrics.rejected("gone", model)
