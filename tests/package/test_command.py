@@ -117,6 +117,10 @@ def leave_a_check_out() -> None:
     change_parity(lambda content: content["graphs"]["bn.onnx"].update(checks=[]))
 
 
+def move_a_golden_output() -> None:
+    change_parity(lambda content: content["goldens"]["logits"]["bn.onnx"][3].__setitem__(0, 1000.0))
+
+
 UNPROVEN: dict[str, tuple[Callable[[], object], str]] = {
     "bn altered": (lambda: append(MODELS / "bn.onnx"), "about other files"),
     "folded altered": (lambda: append(MODELS / "bn-folded.onnx"), "about other files"),
@@ -126,6 +130,7 @@ UNPROVEN: dict[str, tuple[Callable[[], object], str]] = {
     "failed check": (fail_a_check, "no parity"),
     "no parity": (deny_parity, "no parity"),
     "no checks": (leave_a_check_out, "no parity"),
+    "other outputs": (move_a_golden_output, "its outputs are off by"),
 }
 
 

@@ -15,7 +15,7 @@ from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY, SERVED, WEIGHTS
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.regress import load_fixture
 from mnist_batchnorm.results import PARITY, Parity, read_record
-from mnist_batchnorm.serve.models import SHORT, registered_version, why_unproven
+from mnist_batchnorm.serve.models import SHORT, registered_version, why_not_here, why_unproven
 
 Float32 = npt.NDArray[np.float32]
 
@@ -105,7 +105,8 @@ def read_proven() -> Proven:
 
     Raises:
         UserError: A file is missing or cannot be read.
-        CheckFailedError: The gate has not passed one of these very files.
+        CheckFailedError: The gate has not passed one of these very files, or it computes something
+            else here than it did then.
     """
     split, _ = load_fixture()
     contents = {
@@ -121,7 +122,10 @@ def read_proven() -> Proven:
         for name, content in contents.items()
     )
     for model in models:
-        if problem := why_unproven(model.sha256, PARITY):
+        problem = why_unproven(model.sha256, PARITY) or why_not_here(
+            model.session, model.sha256, PARITY
+        )
+        if problem:
             raise CheckFailedError(
                 f"{model.path} is not packaged: {problem}; run `dvc repro verify`"
             )
