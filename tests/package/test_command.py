@@ -10,9 +10,9 @@ import pytest
 from mnist_batchnorm import package as tool
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY
+from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY, SERVED
 from mnist_batchnorm.package.folder import MANIFEST, replacing_folder, write_manifest
-from mnist_batchnorm.package.proven import SERVED, read_proven
+from mnist_batchnorm.package.proven import read_proven
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.serve.decode import decode
 from mnist_batchnorm.serve.settings import Settings

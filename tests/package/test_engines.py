@@ -26,8 +26,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as proto
 from tritonclient.utils import InferenceServerException
 
-from mnist_batchnorm.layout import MODELS
-from mnist_batchnorm.package.proven import SERVED, read_proven
+from mnist_batchnorm.layout import MODELS, SERVED
+from mnist_batchnorm.package.proven import read_proven
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.serve.settings import Settings
 from tests import commands

@@ -19,9 +19,8 @@ from ruamel.yaml import YAML
 import mnist_batchnorm
 from mnist_batchnorm.cli import COMMANDS
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import MODELS
+from mnist_batchnorm.layout import MODELS, SERVED
 from mnist_batchnorm.package.kserve import IMAGE, LOCK, SERVING, require_image
-from mnist_batchnorm.package.proven import SERVED
 from mnist_batchnorm.package.requirements import closure
 from mnist_batchnorm.package.templating import fill
 from mnist_batchnorm.serve import command as serve_command

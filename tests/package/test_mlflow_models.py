@@ -9,8 +9,8 @@ import onnx
 import pytest
 from mlflow.models import Model
 
-from mnist_batchnorm.layout import MODELS, REGISTERED
-from mnist_batchnorm.package.proven import SERVED, read_proven
+from mnist_batchnorm.layout import MODELS, REGISTERED, SERVED
+from mnist_batchnorm.package.proven import read_proven
 from mnist_batchnorm.parity import runtime
 from tests.conftest import MnistBn
 from tests.package.conftest import Package, change_parity

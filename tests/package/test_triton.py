@@ -15,8 +15,8 @@ from tritonclient.grpc import model_config_pb2 as proto
 from mnist_batchnorm.dataset import load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import MODELS, REGISTERED
-from mnist_batchnorm.package.proven import SERVED, ProvenModel
+from mnist_batchnorm.layout import MODELS, REGISTERED, SERVED
+from mnist_batchnorm.package.proven import ProvenModel
 from mnist_batchnorm.package.triton import interface, quote
 from mnist_batchnorm.regress import IMAGES
 from mnist_batchnorm.serve.settings import Settings
