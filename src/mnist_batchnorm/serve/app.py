@@ -48,6 +48,7 @@ BINARY = (b"content-type", b"application/octet-stream")
 # Free of the token: a probe has none, and a browser shows a page before anybody can give it one.
 OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json"))
 OPEN_FOLDERS = ("/v2/health/", "/static/")
+WHOLE = "mnist_bn.answer_whole"  # in a scope: how the server answers in one piece, if it can
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # visible ASCII
 # W3C, level 1: neither version ff nor an id of zeros is valid
 TRACEPARENT = re.compile(
@@ -104,7 +105,7 @@ class App:
                 return
             self._check_queue()
             with Held(self._room, receive) as held:
-                await self._infer(served, head, held, send)
+                await self._infer(served, scope, head, held, send)
         except RequestError as error:
             error.__traceback__ = None  # its frames would keep the body while the rest is read
             await self._refuse(error, model, head, receive, send)
@@ -150,7 +151,12 @@ class App:
             log("answered", method=scope["method"], path=path, status=status, **told(head))
 
     async def _infer(
-        self, served: tuple[Model, Meters], head: dict[bytes, bytes], receive: Receive, send: Send
+        self,
+        served: tuple[Model, Meters],
+        scope: Scope,
+        head: dict[bytes, bytes],
+        receive: Receive,
+        send: Send,
     ) -> None:
         model, meters = served
         body = await read_body(head, receive, self.settings)
@@ -167,8 +173,10 @@ class App:
             headers.append(JSON)
         else:
             headers += [BINARY, (HEADER_LENGTH, b"%d" % json_length)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        answer_whole = scope.get(WHOLE)
+        if not answer_whole or not answer_whole(headers, content):
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": content})
         meters.answered(len(logits), began, parsed, ran, encoded)
         if self.settings.access_log:
             log(
