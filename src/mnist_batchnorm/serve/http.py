@@ -29,6 +29,7 @@ from mnist_batchnorm.serve.settings import Settings
 TICKS = 5  # of uvicorn's, a tenth of a second each, between looks at all connections
 ACCEPTS = 256  # connections that are accepted in a turn of the loop
 QUIET = 1.0  # seconds; a client whose connection is not idle for so long may just be asking again
+TOGETHER = 64  # answers that wait for each other: what 5 ms are enough to compute
 LINGER = 2.0  # seconds for which the rest of a refused request is read
 LINGERING = 128  # connections for which that is done at once
 LAST_WORDS = 0.5  # seconds for the answers of requests that the end cuts off to go out
@@ -46,6 +47,30 @@ class _Dropped(list[tuple[bytes, bytes]]):
         pass
 
 
+class Outbox:
+    """Has the answers of one turn of the event loop written together, at its end.
+
+    A client that sleeps is woken by a write, which takes the system as long as it takes us to
+    answer: one by one every write does so, together only the first.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Protocol] = []
+
+    def put(self, connection: "Protocol") -> None:
+        """Have a connection's answer written, soon."""
+        if not self._waiting:
+            connection.loop.call_soon(self._flush)
+        self._waiting.append(connection)
+        if len(self._waiting) >= TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for connection in waiting:
+            connection.write_out()
+
+
 class Protocol(HttpToolsProtocol):
     """One connection.
 
@@ -54,6 +79,7 @@ class Protocol(HttpToolsProtocol):
         app_of_server: the application.
         draining: whether each answer is its connection's last.
         lingering: connections whose request was refused unread.
+        outbox: where answers wait for each other.
         on_connection: called when there is a new one.
         full: tells of connections that are too many.
     """
@@ -62,6 +88,7 @@ class Protocol(HttpToolsProtocol):
     app_of_server: ClassVar[App]
     draining: ClassVar[bool] = False
     lingering: ClassVar[set["Protocol"]]
+    outbox: ClassVar["Outbox"]
     on_connection: ClassVar[Callable[..., None]]
     full: ClassVar[Sparse] = Sparse("too many connections")
 
@@ -76,6 +103,8 @@ class Protocol(HttpToolsProtocol):
         self._unsent = (0, 0.0)
         self._declining = False  # whether the request asks for another protocol
         self._refused = False
+        # an answer that waits for those to others
+        self._unwritten: tuple[RequestResponseCycle, bytes] | None = None
         self._told_last: object = None  # the request whose answer says that it is the last
         self._refusal = (400, "the request is not HTTP/1.1", "http")
         if len(self.connections) > self.settings.max_connections:
@@ -86,6 +115,7 @@ class Protocol(HttpToolsProtocol):
         """Feed the parser."""
         if self._refused:  # the client may not have read yet that it is
             return
+        self.write_out()
         cycle, held = self.cycle, -1
         if self._head_since is None:
             self._under_way = cycle.more_body
@@ -107,6 +137,7 @@ class Protocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection of a client that is done sending until all is answered."""
+        self.write_out()
         cycle = self.cycle
         if self._refused or cycle is None or cycle.response_complete or cycle.more_body:
             return False
@@ -174,12 +205,54 @@ class Protocol(HttpToolsProtocol):
         before = self.cycle
         super().on_headers_complete()
         if not self.settings.origins:  # else the answer passes others that add to it
-            self.scope[WHOLE] = partial(answer_whole, self.cycle)  # type: ignore[literal-required]
+            self.scope[WHOLE] = partial(self.answer_whole, self.cycle)  # type: ignore[literal-required]
         self.headers = _Dropped()
         if self.draining:
             if before is self._told_last and before is not None and not before.response_started:
                 before.keep_alive = True  # another was sent behind it
             self.make_last()
+
+    def answer_whole(
+        self,
+        cycle: RequestResponseCycle,
+        headers: Iterable[tuple[bytes, bytes]],
+        content: bytes,
+    ) -> bool:
+        """Answer with status 200 in one piece, for which uvicorn makes two.
+
+        Args:
+            cycle: the request's.
+            headers: of the answer, beside those of the server.
+            content: all of it.
+
+        Returns:
+            Whether it is done; False: the connection takes no more now, so it must wait its turn.
+        """
+        if cycle.flow.write_paused or cycle.response_started:
+            return False
+        if cycle.disconnected:
+            return True
+        parts = [STATUS_LINE[200]]
+        for name, value in (*cycle.default_headers, *headers):
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", content)
+        cycle.response_started = cycle.response_complete = True
+        self._unwritten = cycle, b"".join(parts)
+        self.outbox.put(self)
+        return True
+
+    def write_out(self) -> None:
+        """Write the answer that waits, if one does."""
+        if self._unwritten is None:
+            return
+        (cycle, answer), self._unwritten = self._unwritten, None
+        if self.transport.is_closing():
+            return
+        self.transport.write(answer)
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def make_last(self) -> None:
         """Let the answer to the newest request, if it is being answered, be the last."""
@@ -274,6 +347,7 @@ class Protocol(HttpToolsProtocol):
 
     def look(self, now: float) -> None:
         """Hang up on a client that sends or takes too slowly."""
+        self.write_out()
         size, since = self._unsent
         left = self.transport.get_write_buffer_size()
         if left == 0 or left != size:
@@ -312,6 +386,7 @@ class Protocol(HttpToolsProtocol):
             now: the loop's time.
             since: when the server began to end.
         """
+        self.write_out()
         answering = self.cycle is not None and not self.cycle.response_complete
         quiet = now - max(since, self._head_since or since) >= QUIET
         if quiet and not answering and not self._asking:
@@ -319,42 +394,10 @@ class Protocol(HttpToolsProtocol):
 
     def cut(self) -> None:
         """Refuse a request that is not all here when time is up."""
+        self.write_out()
         if self._asking and not self.transport.is_closing():
             self._refusal = (503, "the server stops", "stops")
             self.send_400_response("")
-
-
-def answer_whole(
-    cycle: RequestResponseCycle, headers: Iterable[tuple[bytes, bytes]], content: bytes
-) -> bool:
-    """Answer with status 200 in one piece, for which uvicorn makes two and looks at every header.
-
-    To write is a large part of what a small request takes, and wakes the client each time.
-
-    Args:
-        cycle: the request's.
-        headers: of the answer, beside those of the server.
-        content: all of it.
-
-    Returns:
-        Whether it is done; False: the connection takes no more now, so it must wait its turn.
-    """
-    if cycle.flow.write_paused or cycle.response_started:
-        return False
-    if cycle.disconnected:
-        return True
-    cycle.response_started = cycle.response_complete = True
-    cycle.waiting_for_100_continue = False
-    parts = [STATUS_LINE[200]]
-    for name, value in (*cycle.default_headers, *headers):
-        parts += (name, b": ", value, b"\r\n")
-    parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", content)
-    cycle.transport.write(b"".join(parts))
-    cycle.message_event.set()
-    if not cycle.keep_alive:
-        cycle.transport.close()
-    cycle.on_response()
-    return True
 
 
 def close_unless_unread(transport: asyncio.Transport) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from mnist_batchnorm.serve.app import ASGI, App
 from mnist_batchnorm.serve.catalog import Catalog, Source
 from mnist_batchnorm.serve.control import Control
-from mnist_batchnorm.serve.http import Protocol, Server, configure
+from mnist_batchnorm.serve.http import Outbox, Protocol, Server, configure
 from mnist_batchnorm.serve.listener import address_of
 from mnist_batchnorm.serve.log import log, take_over_logging
 from mnist_batchnorm.serve.metrics import Metrics
@@ -73,7 +73,7 @@ def serve(
     protocol = type(
         "BoundProtocol",
         (Protocol,),
-        {"settings": settings, "app_of_server": app, "lingering": set()},
+        {"settings": settings, "app_of_server": app, "lingering": set(), "outbox": Outbox()},
     )
     config = configure(cross_origin(app, settings), settings, protocol)
     server = Server(config, app, settings, protocol, parent)
