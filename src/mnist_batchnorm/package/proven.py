@@ -122,9 +122,7 @@ def read_proven() -> Proven:
         for name, content in contents.items()
     )
     for model in models:
-        problem = why_unproven(model.sha256, PARITY) or why_not_here(
-            model.session, model.sha256, PARITY
-        )
+        problem = why_unproven(model.sha256, PARITY) or _why_not_here(model)
         if problem:
             raise CheckFailedError(
                 f"{model.path} is not packaged: {problem}; run `dvc repro verify`"
@@ -132,6 +130,14 @@ def read_proven() -> Proven:
     proven = Proven(models, evidence, read_record(PARITY, Parity, "verify").versions, split)
     proven.require_unchanged()
     return proven
+
+
+def _why_not_here(model: ProvenModel) -> str | None:
+    try:
+        session = model.session
+    except runtime.RuntimeFailedError as error:
+        return f"it is proven, but does not load here: {error}"
+    return why_not_here(session, model.sha256, PARITY)
 
 
 def _read(path: Path) -> bytes:
