@@ -20,11 +20,19 @@ import mnist_batchnorm
 from mnist_batchnorm.cli import COMMANDS
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.layout import MODELS, SERVED
-from mnist_batchnorm.package.kserve import IMAGE, LOCK, SERVING, require_image
+from mnist_batchnorm.package.kserve import (
+    IMAGE,
+    LOCK,
+    READINESS,
+    SERVING,
+    STOP,
+    require_image,
+)
 from mnist_batchnorm.package.requirements import closure
 from mnist_batchnorm.package.templating import fill
 from mnist_batchnorm.serve import command as serve_command
 from mnist_batchnorm.serve.settings import Settings
+from mnist_batchnorm.serve.workers import GRACE
 from tests.conftest import ROOT, MnistBn
 from tests.package.conftest import PARITY, Package, change_parity
 
@@ -33,6 +41,7 @@ HEALTH = {"/v2/health/ready", "/v2/health/live"}
 UNITS = {"Mi": 2**20, "Gi": 2**30}
 SHELL = re.compile(r"^RUN (.*)$", re.MULTILINE)
 OURS = {"mnist-batchnorm"}
+QUEUE_PROXY = 30  # seconds for which Knative's proxy holds back a container's SIGTERM
 
 
 def strict(schema: Any, *, of_properties: bool = False) -> Any:
@@ -139,6 +148,18 @@ def test_probes_ask_the_servers_health(package: Package) -> None:
     assert {probe["path"] for probe in probes.values()} == HEALTH
     assert probes["liveness"]["path"] == "/v2/health/live"
     assert {probe["port"] for probe in probes.values()} == {port["containerPort"]}
+
+
+def test_server_drains_once_the_probe_has_failed_and_before_it_is_killed(package: Package) -> None:
+    folder = package("kserve")
+    only, predictor = container(folder), manifest(folder)["spec"]["predictor"]
+    options = serve_command.make_context("serve", list(only["args"])).params
+    probe = only["readinessProbe"]
+    noticed = probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]
+    assert options["drain_delay"] > noticed
+    # Knative refuses terminationGracePeriodSeconds and takes the timeout for it
+    assert "terminationGracePeriodSeconds" not in predictor
+    assert predictor["timeout"] > QUEUE_PROXY + options["drain_delay"] + options["drain"] + GRACE
 
 
 def test_memory_holds_the_largest_request_many_times(package: Package) -> None:
@@ -358,6 +379,8 @@ def test_what_is_accepted_stays_one_yaml_string_and_one_shell_word(text: str) ->
         "replicas": {"minimum": 1, "maximum": 2},
         "concurrency": 1,
         "canary": 1,
+        "readiness": READINESS,
+        "stop": STOP,
     }
     service = YAML(typ="safe").load(fill("inferenceservice.yaml.j2", **values))
     assert service["spec"]["predictor"]["containers"][0]["image"] == text

@@ -54,6 +54,11 @@ MEMORY = MappingProxyType({"request": "256Mi", "limit": "1Gi"})
 CPU = "1"  # one worker computes on one core
 REPLICAS = MappingProxyType({"minimum": 1, "maximum": 4})
 CONCURRENCY = 8  # requests at once for which one replica is enough: a core is busy at 8
+READINESS = MappingProxyType({"period": 5, "timeout": 2, "failures": 2})  # the probe's; seconds
+# Seconds. Knative's proxy holds SIGTERM back for 30 (drainSleepDuration in
+# https://github.com/knative/serving/blob/main/pkg/queue/sharedmain/main.go), then the server drains
+# for `delay` and `drain`; after `timeout` in all the pod is killed.
+STOP = MappingProxyType({"queue_proxy": 30, "delay": 15, "drain": 20, "timeout": 90})
 
 
 def default_image(proven: Proven) -> str:
@@ -109,6 +114,8 @@ def write_kserve(proven: Proven, directory: Path, image: str, canary: int) -> No
         "cpu": CPU,
         "replicas": REPLICAS,
         "concurrency": CONCURRENCY,
+        "readiness": READINESS,
+        "stop": STOP,
         "canary": canary,
     }
     for file in ("Dockerfile", ".dockerignore", "inferenceservice.yaml"):
