@@ -433,7 +433,41 @@ def test_the_documented_requests_are_answered_so(documented: Server, tmp_path: P
     assert len(examples) >= 6
 
 
+FLOAT32 = r"-?(?=(?:0\.0*)?(?:\d\.?){1,9}(?![\d.]))\d+\.\d+(?:e-?\d+)?"  # at most 9 digits count
+FORMS = re.compile(rf'(?<=[\[,]){FLOAT32}(?=[],])|(?<="){FLOAT32}:\d(?=")')
+
+
 def skeleton(answer: str) -> str:
-    """An answer without what depends on the network: numbers, versions and hashes."""
+    """An answer without what the network decides: versions, hashes, and numbers but their form."""
     answer = re.sub(r'"(\w*version|\w*sha256)":"[^"]*"', r'"\1":""', answer)
-    return re.sub(r'"(data|versions)":\[[^]]*\]', r'"\1":[]', answer).replace("\n", "")
+    answer = re.sub(r'"versions":\[[^]]*\]', '"versions":[]', answer)
+    return FORMS.sub(lambda found: "1.5:1" if ":" in found[0] else "1.5", answer).replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        ("[-20.650566,0.012345678,1e-7]", False),
+        ("[-20.650566,0.00123456789,3.0e-7]", True),
+        ("[-20.650566192626953,8.25,0.5]", False),
+        ("[8,8.25,0.5]", False),
+        ("[8.25,0.5]", False),
+        ('["8.25:1",0.5,0.5]', False),
+    ],
+)
+def test_skeleton_keeps_the_form_of_numbers(data: str, same: bool) -> None:
+    assert (skeleton(f'"data":{data}') == skeleton('"data":[1.25,-2.5,10.75]')) == same
+
+
+@pytest.mark.parametrize(
+    ("classes", "same"),
+    [
+        ('["8.271688:1","-2.212244:3"]', True),
+        ('["8.271688192626953:1","-2.212244:3"]', False),
+        ('["8.271688:1:3","-2.212244:3"]', False),
+        ('["8.271688","-2.212244:3"]', False),
+        ('["8.271688:1"]', False),
+    ],
+)
+def test_skeleton_keeps_the_form_of_classes(classes: str, same: bool) -> None:
+    assert (skeleton(f'"data":{classes}') == skeleton('"data":["0.5:0","1.5:9"]')) == same
