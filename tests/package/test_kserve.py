@@ -163,12 +163,15 @@ def test_server_drains_once_the_probe_has_failed_and_before_it_is_killed(package
 
 
 def test_memory_holds_the_largest_request_many_times(package: Package) -> None:
-    resources = container(package("kserve"))["resources"]
+    only = container(package("kserve"))
+    resources = only["resources"]
     sizes = {}
     for kind, values in resources.items():
         number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", values["memory"]).groups()  # type: ignore[union-attr]
         sizes[kind] = int(number) * UNITS[unit]
     assert Settings().max_body < sizes["requests"] < sizes["limits"]
+    options = serve_command.make_context("serve", list(only["args"])).params
+    assert sizes["limits"] > 5 * options["max_bodies"]  # measured: at most 3.4 times that
     assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
 
 
