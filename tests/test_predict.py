@@ -146,6 +146,7 @@ def test_unproven_file_is_not_asked(folder: Path, mnist_bn: MnistBn, tmp_path: P
         (["--model", "=models/bn.onnx"], "--model: got '=models/bn.onnx', expected NAME"),
         (["--model", "a=none.onnx"], "no none.onnx"),
         (["--model", "a=notes.txt"], "notes.txt"),
+        (["--insecure"], "--insecure is for a server: give --url too"),
         (["--token-file", "t"], "--token-file is for a server: give --url too"),
         (["--url", "localhost:8000"], "--url: got 'localhost:8000', expected one like http://"),
         (["--url", "http://me:secret@host"], "a token goes in --token-file"),
@@ -256,8 +257,43 @@ def test_token_is_shown_and_netrc_is_not(
         return 200, {}, logits_of(body)
 
     with server(reply) as url:
-        told(mnist_bn, "7.png", "--url", url, *words)
+        told(mnist_bn, "7.png", "--url", url, "--insecure", *words)
     assert seen == [f"Bearer {TOKEN}"]
+
+
+@pytest.mark.parametrize("by", ["file", "variable"])
+@pytest.mark.parametrize("url", ["http://192.0.2.1:8000", "HTTP://localhost.example.org"])
+def test_token_goes_nowhere_else_in_clear(
+    folder: Path,
+    mnist_bn: MnistBn,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    by: str,
+    url: str,
+) -> None:
+    monkeypatch.setattr("requests.Session.send", lambda *_, **__: pytest.fail("sent"))
+    (tmp_path / "token").write_text(TOKEN)
+    words = ["--token-file", str(tmp_path / "token")] if by == "file" else []
+    if by == "variable":
+        monkeypatch.setenv(serve.TOKEN, TOKEN)
+    done = mnist_bn("predict", "7.png", "--url", url, *words)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"error: --url {url} would send the token in clear")
+    assert "--insecure" in done.err
+
+
+@pytest.mark.parametrize(
+    ("url", "token"),
+    [
+        ("https://example.org", TOKEN),
+        ("http://example.org", None),
+        ("http://localhost:8000", TOKEN),
+        ("http://127.0.0.2", TOKEN),
+        ("http://[::1]:8000", TOKEN),
+    ],
+)
+def test_address_that_tells_nobody_a_token_is_taken(url: str, token: str | None) -> None:
+    client.Server(url, token)
 
 
 def test_busy_server_is_asked_again(

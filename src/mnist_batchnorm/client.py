@@ -45,20 +45,27 @@ class Server:
     Args:
         url: its address, with the path where the protocol's ``/v2`` is.
         token: to show it; None where it wants none.
+        insecure: send the token unencrypted to another machine.
 
     Raises:
-        UserError: The address is none.
+        UserError: The address is none, or the token would go unencrypted to another machine.
     """
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, *, insecure: bool = False) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UserError(f"--url: got {url!r}, expected one like http://127.0.0.1:8000")
         if parts.username or parts.query or parts.fragment:
             raise UserError("--url: expected no user, ? or # in it; a token goes in --token-file")
+        local = is_loopback(parts.hostname)
+        if token is not None and parts.scheme == "http" and not local and not insecure:
+            raise UserError(
+                f"--url {url} would send the token in clear, for all on the way to read: give an "
+                f"https:// address, or no token (--token-file, {TOKEN}), or say --insecure"
+            )
         self._url = url.rstrip("/")
         self._token = token
-        self._proxied = not is_loopback(parts.hostname)
+        self._proxied = not local
 
     def model(self, name: str) -> Model:
         """Return one of its models."""

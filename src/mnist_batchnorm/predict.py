@@ -180,7 +180,9 @@ def outcomes(files: Sequence[str], models: Mapping[str, Model]) -> Iterator[Outc
 # --- the command --------------------------------------------------------------------------------
 
 
-def _models(named: Sequence[str], url: str | None, token_file: Path | None) -> dict[str, Model]:
+def _models(
+    named: Sequence[str], url: str | None, token_file: Path | None, *, insecure: bool
+) -> dict[str, Model]:
     """Return who is asked, by name.
 
     Raises:
@@ -196,10 +198,12 @@ def _models(named: Sequence[str], url: str | None, token_file: Path | None) -> d
     if url is None:
         if token_file is not None:
             raise UserError("--token-file is for a server: give --url too")
+        if insecure:
+            raise UserError("--insecure is for a server: give --url too")
         return {name: here(name, file or _default(name)) for name, file in wanted.items()}
     if files := [name for name, file in wanted.items() if file]:
         raise UserError(f"--model {files[0]}=…: a server has its own files; give the name alone")
-    server = Server(url, read_token(token_file))
+    server = Server(url, read_token(token_file), insecure=insecure)
     return {name: server.model(name) for name in wanted}
 
 
@@ -224,12 +228,16 @@ def _default(name: str) -> Path:
     type=click.Path(path_type=Path),
     help=f"File of the token that the server wants; by default the variable {TOKEN}.",
 )
+@click.option(
+    "--insecure", is_flag=True, help="Send the token in clear, over http, to another machine."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(
     files: tuple[str, ...],
     url: str | None,
     named: tuple[str, ...],
     token_file: Path | None,
+    insecure: bool,
     as_json: bool,
 ) -> None:
     """Classify pictures of digits; FILE - is standard input.
@@ -238,7 +246,7 @@ def command(
     was done to make it look like the images that the networks were trained on. Exit status: 0 all
     are answered, 1 the model is not proven, 2 a picture or the server cannot be used.
     """
-    models = _models(named, url, token_file)
+    models = _models(named, url, token_file, insecure=insecure)
     told = []
     failures = 0
     for outcome in outcomes(files, models):
