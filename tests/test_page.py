@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 STATIC = ROOT / "src/mnist_batchnorm/serve/page"
 TOKEN = "a-token-that-is-long-enough"
 BN, PLAIN = 0, 1  # the networks' cards
+THEMES = ("light", "dark")
+# of an element with all that it lies in
+OPACITY = """element => {
+  let opacity = 1;
+  for (; element; element = element.parentElement) opacity *= getComputedStyle(element).opacity;
+  return opacity;
+}"""
 
 try:
     browser.find_chromium()
@@ -398,6 +405,8 @@ def test_unverified_network_and_token(project: Path, visit: Open) -> None:
     with serving.running(*models, "--token-file", "token", folder=project) as server:
         opened = visit(server.url, complaints=True, ready=False)
         field = opened.get_by_label("This server wants a token.")
+        field.wait_for()
+        assert links(opened) == ["Try the API", "OpenAPI"]
         use = opened.get_by_role("button", name="Use it")
         field.fill("a-wrong-token-of-some-length")
         use.click()
@@ -409,11 +418,27 @@ def test_unverified_network_and_token(project: Path, visit: Open) -> None:
         shows(banner, re.compile(r"^UNVERIFIED\. .* mnist-plain: reports/parity\.json "))
         assert not field.is_visible()
         assert not trouble.is_visible()
+        assert links(opened) == ["Try the API", "OpenAPI"]
         draw(opened, SEVEN)
         shows(opened.locator("#verdict"), "They disagree: 7 or 3.")
         shows(opened.locator(".network .facts").nth(PLAIN), re.compile("UNVERIFIED"))
         stored = opened.evaluate("[localStorage.length, sessionStorage.length, document.cookie]")
         assert stored == [0, 0, ""]
+
+
+@needs_chromium
+def test_every_link_of_the_footer_leads_somewhere(address: str, visit: Open) -> None:
+    opened = visit(address)
+    opened.locator("#metrics").wait_for()
+    assert links(opened) == ["Try the API", "OpenAPI", "Metrics"]
+    for link in opened.locator("footer a").all():
+        assert opened.request.get(f"{address}/{link.get_attribute('href')}").ok
+
+
+def links(opened: "Page") -> list[str]:
+    """What a person can follow at the end of the page."""
+    found = opened.locator("footer a").all()
+    return [link.inner_text() for link in found if link.is_visible()]
 
 
 # --- how it looks -------------------------------------------------------------------------------
@@ -470,10 +495,21 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_contrast_is_that_of_wcag_aa(theme: int) -> None:
+def mixed(above: str, below: str, opacity: float) -> str:
+    """What a colour looks like on another one through which it can be seen."""
+    pairs = [(int(above[i : i + 2], 16), int(below[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(opacity * a + (1 - opacity) * b):02x}" for a, b in pairs)
+
+
+def palette(theme: int) -> dict[str, str]:
+    """A theme's colours by name."""
     rules = re.findall(r":root \{(.*?)\}", (STATIC / "style.css").read_text(), re.DOTALL)
-    colours = dict(re.findall(r"--(\w+): (#\w{6})", rules[theme]))
+    return dict(re.findall(r"--(\w+): (#\w{6})", rules[theme]))
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=THEMES)
+def test_contrast_is_that_of_wcag_aa(theme: int) -> None:
+    colours = palette(theme)
     for ground in ("paper", "card"):
         for text in ("text", "quiet", "good", "bad"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
@@ -481,6 +517,25 @@ def test_contrast_is_that_of_wcag_aa(theme: int) -> None:
             assert contrast(colours[mark], colours[ground]) >= 3, (mark, ground)
     for bar in ("first", "second"):
         assert contrast(colours[bar], colours["track"]) >= 3, bar
+
+
+@needs_chromium
+@pytest.mark.parametrize("theme", [0, 1], ids=THEMES)
+def test_an_old_answer_fades_and_can_still_be_read(address: str, visit: Open, theme: int) -> None:
+    opened = visit(address, complaints=True, color_scheme=THEMES[theme])
+    draw(opened, SEVEN)
+    shows(digit(opened), "7")
+    opened.route("**/infer", lambda route: route.fulfill(status=400, body='{"error": "no"}'))
+    opened.locator("#board").click()
+    shows(opened.locator("#trouble"), "The server refuses: no.")
+    for text in (".network h3", ".network .sure", ".network .facts", ".cell span"):
+        assert opened.locator(text).first.evaluate(OPACITY) == 1, text
+    assert opened.locator(".track").first.evaluate(OPACITY) < 1
+    opacity = digit(opened).evaluate(OPACITY)
+    assert opacity < 1
+    colours = palette(theme)
+    faded = mixed(colours["text"], colours["card"], opacity)
+    assert contrast(faded, colours["card"]) >= 3  # which is enough for text of this size
 
 
 # --- what it is made of -------------------------------------------------------------------------

@@ -124,6 +124,7 @@ function failed(source, error) {
   if (!(error instanceof ServerError)) throw error;
   networks.get(source)?.column.fade(true);
   if (error.kind === "token") {
+    $("metrics").hidden = true;
     $("token").hidden = false;
     tell(source, client.token ? `The server does not take this token: ${error.message}.` : "");
     return;
@@ -147,6 +148,7 @@ async function load() {
     return;
   }
   $("token").hidden = true;
+  $("metrics").hidden = Boolean(client.token); // which a link cannot show
   for (const source of [...troubles.keys()]) if (source !== "picture") troubles.delete(source);
   tell("server", networks.size ? "" : "The server has no model loaded.");
   $("alone").hidden = networks.size !== 1;
