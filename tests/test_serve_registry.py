@@ -597,6 +597,15 @@ def run(folder: Path, *words: str, uri: str = "") -> tuple[int, str]:
     return commands.run(folder, "mnist-bn", "serve", *words, "--port", "0", env=env)
 
 
+@pytest.mark.slow
+def test_versions_of_one_name(folder: Path) -> None:
+    sources = ("digits=models:/mnist-bn/2", "digits=models:/mnist-bn/1")
+    with serving(folder, *sources, MNIST_BN_TOKEN=TOKEN) as server:
+        assert json.loads(server.get("/v2/models/digits"))["versions"] == ["2", "1"]
+        assert server.infer(an_image()[0], "digits")[0] == "2"
+        assert server.infer(an_image()[0], "digits/versions/1")[0] == "1"
+
+
 def test_start_without_a_store(tmp_path: Path) -> None:
     status, err = run(tmp_path, CHAMPION)
     database = tmp_path / "mlflow.db"
