@@ -21,6 +21,7 @@ from mnist_batchnorm.dataset import network_input
 from mnist_batchnorm.parity import runtime
 
 Float32 = npt.NDArray[np.float32]
+USERS = 3000  # of an open load, fewer than the connections that a server takes
 TIMEOUT = 60.0  # seconds for an answer; the machine may be busy
 
 
@@ -333,7 +334,7 @@ class OpenLoad:
             asker.ask(began)
 
     async def run(self, rate: float, seconds: float) -> None:
-        """Send so many requests a second, and wait for the answers."""
+        """Send so many requests a second while users are left; wait for the answers."""
         loop = asyncio.get_running_loop()
         start, count, opening = loop.time(), 0, set()
         while (now := loop.time()) - start < seconds:
@@ -341,7 +342,7 @@ class OpenLoad:
                 count += 1
                 if self.idle:
                     self.idle.pop().ask(due)
-                else:
+                elif self.waiting + len(opening) < USERS:
                     task = loop.create_task(self._ask_anew(due))
                     opening.add(task)
                     task.add_done_callback(opening.discard)
