@@ -56,7 +56,7 @@ def post(
     """A body as a request for inference, with more headers."""
     path = f"/v2/models/{model}" + (f"/versions/{version}" if version else "") + "/infer"
     extra += "connection: close\r\n" if last else ""
-    head = f"POST {path} HTTP/1.1\r\nhost: here\r\n{extra}content-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{extra}content-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 

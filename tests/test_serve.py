@@ -145,7 +145,9 @@ def test_a_name_that_no_address_can_hold_is_told(folder: Path, word: str) -> Non
 
 def test_bodies_together_have_a_limit(folder: Path) -> None:
     megabyte, limit = 1 << 20, 4 << 20
-    head = b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    )
     with (
         running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server,
         contextlib.ExitStack() as stack,
@@ -171,7 +173,9 @@ def test_bodies_together_have_a_limit(folder: Path) -> None:
 def test_what_is_refused_keeps_no_memory(folder: Path) -> None:
     megabyte, limit = 1 << 20, 16 << 20
     limits = ("--max-body", f"{limit}", "--max-bodies", f"{28 * megabyte}")
-    head = b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    )
     with (
         running(*limits, folder=folder) as server,
         contextlib.ExitStack() as stack,
@@ -271,6 +275,35 @@ def test_other_sites_may_ask_only_where_named(folder: Path) -> None:
     assert named.headers[allowed] == "https://a.example"
     assert allowed not in other.headers
     assert allowed not in nobody.headers
+
+
+def test_no_page_of_another_site_asks_a_server_without_a_token(folder: Path) -> None:
+    rebound, foreign = {"Host": "evil.example"}, {"Origin": "https://evil.example"}
+    with running("--cors", "https://a.example", folder=folder) as server:
+        refused = get(server, "/v2", **rebound)
+        probed = get(server, "/v2/health/ready", **rebound)
+        page = get(server, "/", **rebound)
+        posted = [
+            requests.post(f"{server.url}/v2/repository/index", headers=headers, timeout=10)
+            for headers in (foreign, {"Origin": "https://a.example"}, {"Origin": server.url}, {})
+        ]
+        metrics = get(server, "/metrics").text
+    with running(folder=folder, env={"MNIST_BN_TOKEN": TOKEN}) as server:
+        behind_a_proxy = requests.post(
+            f"{server.url}/v2/repository/index", headers=BEARER | rebound | foreign, timeout=10
+        )
+    with running("--host", "0.0.0.0", "--insecure", folder=folder) as server:
+        named = get(server, "/v2", **rebound)
+
+    assert refused.status_code == page.status_code == 403
+    assert refused.json()["error"].startswith("Host: got evil.example, expected localhost")
+    assert [answer.status_code for answer in posted] == [403, 200, 200, 200]
+    assert posted[0].json()["error"].startswith("Origin: got https://evil.example, expected")
+    assert 'mnist_bn_rejects_total{model="",reason="host"} 2.0' in metrics
+    assert 'mnist_bn_rejects_total{model="",reason="origin"} 1.0' in metrics
+    assert probed.ok
+    assert behind_a_proxy.ok
+    assert named.ok
 
 
 # --- how ----------------------------------------------------------------------------------------

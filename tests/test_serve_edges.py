@@ -54,7 +54,7 @@ def http(
     length: bool = True,
 ) -> bytes:
     """A request, byte for byte; with the body's length unless told not."""
-    lines = [f"{method} {path} {version}", "Host: a", *fields]
+    lines = [f"{method} {path} {version}", "Host: localhost", *fields]
     if length:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
@@ -67,6 +67,7 @@ def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n", fields: tuple[str, ...] =
 
 
 GOOD = http(request())
+HOST = b"Host: localhost\r\n"
 
 
 def zeros(rows: int, *fields: str) -> bytes:
@@ -311,6 +312,18 @@ def lost(path: str, says: str = "no such path") -> Wrong:
     return Wrong(f"path {path[:60]}", http(request(), path=path), 404, says)
 
 
+def rebound(host: str) -> Wrong:
+    """A request for another site, whose name leads here."""
+    content = GOOD.replace(HOST, f"Host: {host}\r\n".encode("latin-1"))
+    return Wrong(f"for host {host!r}", content, 403, f"Host: got {host}, expected localhost or")
+
+
+def foreign(origin: str) -> Wrong:
+    """What a browser sends for a page of another site without asking first."""
+    content = http(request(), "Content-Type: text/plain", f"Origin: {origin}")
+    return Wrong(f"from site {origin!r}", content, 403, f"Origin: got {origin}, expected this")
+
+
 WRONG = [
     encoded("gzip cut", ZIPPED[:-20], "gzip", "the body is not one whole gzip stream"),
     encoded("gzip without its end", ZIPPED[:-1], "gzip", "the body is not one whole gzip stream"),
@@ -413,6 +426,21 @@ WRONG = [
     lost(f"/v2/models/{'a' * 30_000}/infer", "no model 'aaaaaaaa"),
     lost("/" + "a/" * 15_000),
     lost("*"),
+    rebound(""),
+    rebound("evil.example"),
+    rebound("evil.example:8000"),
+    rebound("localhost.evil.example"),
+    rebound("127.0.0.1.evil.example"),
+    rebound("127.0.0.1:80:80"),
+    rebound("10.0.0.1"),
+    rebound("[::1"),
+    rebound("\xff"),
+    foreign("https://evil.example"),
+    foreign("http://localhost:3000"),
+    foreign("http://localhost.evil.example"),
+    foreign("null"),
+    foreign(""),
+    Wrong("no host", GOOD.replace(HOST, b""), 400, "Host: got none, expected one"),
     no_http("a path without slash", http(path="v2/models")),
     no_http("a space in a path", http(path="/v2/mod els")),
     no_http("bytes in a path", http(path="/v2/models/\xe9/infer")),
@@ -449,8 +477,10 @@ def test_a_wrong_request_is_refused_and_the_server_goes_on(
 
 ODD = {
     "names in capitals": GOOD.replace(b"Content-Length", b"CONTENT-LENGTH"),
-    "no space behind the colon": GOOD.replace(b"Host: a", b"Host:a"),
-    "no host": GOOD.replace(b"Host: a\r\n", b""),
+    "no space behind the colon": GOOD.replace(b"Host: localhost", b"Host:LOCALHOST:80"),
+    "another address of this machine": GOOD.replace(b"localhost", b"127.1.2.3:8000"),
+    "an address of IPv6": GOOD.replace(b"localhost", b"[::1]:8000"),
+    "the server's own page": http(request(), "Origin: http://localhost"),
     "a content type of something else": http(request(), "Content-Type: text/plain"),
     "an impossible content type": http(request(), "Content-Type: ;;=,\xff"),
     "1,000 fields": http(request(), *(f"x{i}: 1" for i in range(1000))),
@@ -515,6 +545,11 @@ def test_http_1_0_is_answered_once(
         well(answer, logits)
         assert answer.last
         assert client.ended()
+
+
+def test_http_1_0_needs_no_host(server: Server, logits: np.ndarray) -> None:
+    with Client(server) as client:
+        well(client.ask(http(request(), version="HTTP/1.0").replace(HOST, b"")), logits)
 
 
 def test_an_upgrade_in_each_of_many_requests_at_once(server: Server, logits: np.ndarray) -> None:
@@ -873,7 +908,8 @@ def test_whatever_fails_inside_is_answered_as_every_error(
     catalog.load()
     app = App(catalog, Settings(), metrics, cold)
     for path in ("/v2/models/broken/infer", "/v2"):
-        scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        scope: Scope = {"type": "http", "http_version": "1.0", "method": "POST", "path": path}
+        scope["headers"] = []
         asyncio.run(app(scope, receive, send))
     assert [m["status"] for m in sent if m["type"] == "http.response.start"] == [500, 500]
     assert [json.loads(m["body"]) for m in sent if m.get("body")] == [{"error": says}] * 2

@@ -38,6 +38,7 @@ from mnist_batchnorm.serve.protocol import (
     unauthorized,
 )
 from mnist_batchnorm.serve.settings import Settings
+from mnist_batchnorm.serve.site import Site
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -47,7 +48,8 @@ JSON = (b"content-type", b"application/json")
 BINARY = (b"content-type", b"application/octet-stream")
 # Free of the token: a probe has none, and a browser shows a page before anybody can give it one.
 OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json"))
-OPEN_FOLDERS = ("/v2/health/", "/static/")
+HEALTH = "/v2/health/"
+OPEN_FOLDERS = (HEALTH, "/static/")
 WHOLE = "mnist_bn.answer_whole"  # in a scope: how the server answers in one piece, if it can
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # visible ASCII
 # W3C, level 1: neither version ff nor an id of zeros is valid
@@ -74,6 +76,7 @@ class App:
         self.ready: set[object] = set()  # connections with a request that is all here, unanswered
         self.calls = 0  # over gRPC that are not answered yet
         self._token = settings.token.encode() if settings.token else None
+        self._site = Site(settings)
         self._room = Room(settings.max_bodies)
         self._ids = itertools.count()
         self._busy = Sparse("busy")
@@ -98,6 +101,8 @@ class App:
         served = self._paths.get(scope["path"])
         model = served[0].name if served else ""
         try:
+            if served or not scope["path"].startswith(HEALTH):
+                self._site.check(head, scope["method"], scope["http_version"])
             if self._token is not None and not self._allowed(scope["path"], head):
                 raise unauthorized()
             if served is None or scope["method"] != "POST":

@@ -21,6 +21,8 @@ NEEDED = frozenset(
         HEADER_LENGTH,
         b"content-encoding",
         b"authorization",
+        b"host",
+        b"origin",
         b"x-request-id",
         b"traceparent",
     )
