@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -378,11 +379,13 @@ def test_a_trace_is_passed_on_only_if_it_is_one(parent: str, valid: bool) -> Non
 
 
 def test_metrics_and_statistics_count(folder: Path) -> None:
+    began = time.time()
     with running(folder=folder) as server:
         url = f"{server.url}/v2/models/mnist-bn/infer"
         for _ in range(3):
             requests.post(url, json={"inputs": [STROKE]}, timeout=10)
         requests.post(url, json={}, timeout=10)
+        answered = time.time()
         metrics = get(server, "/metrics").text
         stats = get(server, "/v2/models/mnist-bn/stats").json()["model_stats"]
         everything = get(server, "/v2/models/stats").json()["model_stats"]
@@ -399,6 +402,12 @@ def test_metrics_and_statistics_count(folder: Path) -> None:
     (stat,) = stats
     assert (stat["inference_count"], stat["execution_count"]) == (3, 3)
     assert stat["inference_stats"]["compute_infer"]["ns"] > 0
+    assert stat["inference_stats"]["success"]["count"] == 3
+    assert stat["inference_stats"]["fail"]["count"] == 1
+    assert stat["inference_stats"]["fail"]["ns"] > 0
+    assert began * 1000 - 100 <= stat["last_inference"] <= answered * 1000 + 100
+    (unused,) = (other for other in everything if other["name"] == "mnist-bn-folded")
+    assert unused["last_inference"] == unused["inference_stats"]["fail"]["count"] == 0
     assert stat in everything
 
 

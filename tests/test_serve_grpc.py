@@ -276,6 +276,13 @@ def test_statistics_count_what_was_asked(client: triton.InferenceServerClient) -
     client.infer(MODEL, [tensor(NOISE[:5])], headers=BEARER)
 
     assert counts() == (requests_before + 1, rows_before + 5)
+    (stats,) = client.get_inference_statistics(MODEL, headers=BEARER).model_stats
+    with pytest.raises(InferenceServerException, match="shape"):
+        client.infer(MODEL, [tensor(NOISE[:2, :100].copy())], headers=BEARER)
+    (again,) = client.get_inference_statistics(MODEL, headers=BEARER).model_stats
+    assert again.inference_stats.fail.count == stats.inference_stats.fail.count + 1
+    assert again.inference_stats.fail.ns > stats.inference_stats.fail.ns
+    assert again.last_inference == stats.last_inference > 1.7e12  # milliseconds since the epoch
     everything = client.get_inference_statistics(headers=BEARER).model_stats
     assert {MODEL, "mnist-bn-folded"} <= {stats.name for stats in everything}
 

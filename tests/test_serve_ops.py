@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -304,6 +305,29 @@ def test_a_killed_worker_is_replaced_and_takes_nobody_elses_requests_along(three
     assert counted(three, "mnist_bn_requests_total") == asked + 2 * count - lost
     until(lambda: counted(three, "mnist_bn_connections") <= 3)
     assert counted(three, "mnist_bn_model_info", version=RIGHT) == 1
+
+
+def test_statistics_are_those_of_all_workers(three: Server) -> None:
+    def stats() -> Any:
+        path = f"{three.url}/v2/models/mnist-bn/stats"
+        return requests.get(path, headers=BEARER, timeout=60).json()["model_stats"][0]
+
+    failed, began = stats()["inference_stats"]["fail"]["count"], time.time()
+    path, owners = f"{three.url}/v2/models/mnist-bn/infer", set[str]()
+    asked = 0
+    while len(owners) < 2:
+        answer = requests.post(path, json={}, headers=BEARER, timeout=60)
+        assert answer.status_code == 400
+        owners.add(answer.headers["x-request-id"].partition("-")[0])
+        asked += 1
+    assert stats()["inference_stats"]["fail"]["count"] == failed + asked
+
+    authorized = REQUEST.replace(b"host:", f"authorization: Bearer {TOKEN}\r\nhost:".encode())
+    with connect(three) as connection:
+        ask(connection, authorized)
+    until(lambda: stats()["last_inference"] >= began * 1000 - 100)
+    for _ in range(10):  # whichever process answers
+        assert stats()["last_inference"] >= began * 1000 - 100
 
 
 def test_all_workers_have_loaded_and_unloaded_when_the_answer_comes(three: Server) -> None:

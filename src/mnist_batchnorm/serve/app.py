@@ -97,6 +97,7 @@ class App:
         """Answer one request."""
         if scope["type"] != "http":
             return
+        began = perf_counter()
         head = pick(scope["headers"])
         served = self._paths.get(scope["path"])
         model = served[0].name if served else ""
@@ -108,9 +109,13 @@ class App:
             if served is None or scope["method"] != "POST":
                 await self._answer_cold(scope, head, receive, send)
                 return
-            self._check_queue()
-            with Held(self._room, receive) as held:
-                await self._infer(served, scope, head, held, send)
+            try:
+                self._check_queue()
+                with Held(self._room, receive) as held:
+                    await self._infer(served, scope, head, held, send)
+            except BaseException:
+                served[1].failed(perf_counter() - began)
+                raise
         except RequestError as error:
             error.__traceback__ = None  # its frames would keep the body while the rest is read
             await self._refuse(error, model, head, receive, send)

@@ -600,6 +600,7 @@ class Server(uvicorn.Server):
             now = asyncio.get_running_loop().time()
             for connection in self._connections():
                 connection.look(now)
+            self.app.metrics.note()
             self.app.metrics.queue.set(len(self.server_state.tasks) + self.app.calls)
             self.app.metrics.connections.set(len(self.server_state.connections))
         return await super().on_tick(counter)

@@ -5,7 +5,8 @@ figures in that folder, and each answers for all.
 """
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
@@ -20,23 +21,44 @@ BUCKETS = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.0
 NAMESPACE = "mnist_bn"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Meters:
-    """What one version of a model is measured by."""
+    """What one version of a model is measured by.
+
+    Attributes:
+        last: when it last answered, by `time.perf_counter`; 0: never.
+        noted: the one of these moments that the figures hold.
+    """
 
     requests: prometheus.Counter
     rows: prometheus.Counter
+    failures: prometheus.Summary
+    answers: prometheus.Gauge
     parse: prometheus.Histogram
     infer: prometheus.Histogram
     encode: prometheus.Histogram
+    last: float = field(init=False, default=0.0)
+    noted: float = field(init=False, default=0.0)
 
     def answered(self, rows: int, began: float, parsed: float, ran: float, encoded: float) -> None:
         """Count a request, with the moments at which its stages ended, in seconds."""
+        self.last = encoded
         self.requests.inc()
         self.rows.inc(rows)
         self.parse.observe(parsed - began)
         self.infer.observe(ran - parsed)
         self.encode.observe(encoded - ran)
+
+    def failed(self, seconds: float) -> None:
+        """Count a request that was not answered, with the time since it came."""
+        self.failures.observe(seconds)
+
+    def note(self) -> None:
+        """Put the time of the last answer into the figures; too slow to do it at each."""
+        last = self.last
+        if last != self.noted:
+            self.answers.set(time.time() - (time.perf_counter() - last))
+            self.noted = last
 
 
 class Metrics:
@@ -57,6 +79,22 @@ class Metrics:
         self._rejects = prometheus.Counter(
             "rejects", "Requests refused, by reason.", ["reason", "model"], NAMESPACE, registry=own
         )
+        self._failures = prometheus.Summary(
+            "failed_seconds",
+            "Time of inference requests that were refused or failed.",
+            ["model", "version"],
+            NAMESPACE,
+            registry=own,
+        )
+        self._answers = prometheus.Gauge(
+            "last_inference_timestamp_seconds",
+            "When an inference request was last answered, since the epoch; 0: never.",
+            ["model", "version"],
+            NAMESPACE,
+            registry=own,
+            multiprocess_mode="max",
+        )
+        self._meters: dict[tuple[str, str], Meters] = {}
         self._seconds = prometheus.Histogram(
             "stage_seconds",
             "Time of an inference request by stage.",
@@ -95,11 +133,22 @@ class Metrics:
             prometheus.PlatformCollector(registry=own)
 
     def of(self, model: str, version: str) -> Meters:
-        """Return the meters of a version."""
-        stages = {s: self._seconds.labels(stage=s, model=model, version=version) for s in STAGES}
-        return Meters(
-            self._requests.labels(model, version), self._rows.labels(model, version), **stages
-        )
+        """Return the meters of a version, the same ones each time."""
+        key = model, version
+        if key not in self._meters:
+            self._meters[key] = Meters(
+                self._requests.labels(*key),
+                self._rows.labels(*key),
+                self._failures.labels(*key),
+                self._answers.labels(*key),
+                **{stage: self._seconds.labels(stage, *key) for stage in STAGES},
+            )
+        return self._meters[key]
+
+    def note(self) -> None:
+        """Put into the figures what is kept beside them, for the server's other processes."""
+        for meters in self._meters.values():
+            meters.note()
 
     def rejected(self, reason: str, model: str = "") -> None:
         """Count a request that was refused."""
@@ -115,6 +164,7 @@ class Metrics:
 
     def merged(self) -> prometheus.CollectorRegistry:
         """Return the figures of all processes of the server."""
+        self.note()
         if SHARED not in os.environ:
             return self._own
         everyone = prometheus.CollectorRegistry()
@@ -144,15 +194,17 @@ def statistics(
     def duration(value: float) -> dict[str, int]:
         return {"count": requests, "ns": round(value * 1e9)}
 
+    failures = round(figure("failed_seconds_count"))
     nothing = {"count": 0, "ns": 0}
     return {
         "name": model,
         "version": version,
+        "last_inference": int(figure("last_inference_timestamp_seconds") * 1000),
         "inference_count": round(figure("rows_total")),
         "execution_count": requests,
         "inference_stats": {
             "success": duration(sum(seconds.values())),
-            "fail": nothing,
+            "fail": {"count": failures, "ns": round(figure("failed_seconds_sum") * 1e9)},
             "queue": duration(0.0),
             "compute_input": duration(seconds["parse"]),
             "compute_infer": duration(seconds["infer"]),

@@ -379,6 +379,10 @@ def schemas(settings: Settings) -> Json:
                         {
                             "name": TEXT,
                             "version": TEXT,
+                            "last_inference": {
+                                **COUNT,
+                                "description": "Milliseconds since the epoch; 0: none yet",
+                            },
                             "inference_count": COUNT,
                             "execution_count": COUNT,
                             "inference_stats": thing(dict.fromkeys(parts, duration)),

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2
@@ -33,9 +33,6 @@ from mnist_batchnorm.serve.protobuf import (
 )
 from mnist_batchnorm.serve.protocol import RequestError, busy, refuse, unauthorized
 from mnist_batchnorm.serve.settings import Settings
-
-if TYPE_CHECKING:
-    from mnist_batchnorm.serve.metrics import Meters
 
 Context = Any  # grpc.aio.ServicerContext
 Work = Callable[["Call"], Awaitable[None]]
@@ -116,7 +113,6 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.settings = settings
         self.draining = draining
         self._token = settings.token.encode() if settings.token else None
-        self._meters: dict[tuple[str, str], Meters] = {}
         self._slow: set[Call] = set()  # those that wait for their client
         self._streams: set[asyncio.Timeout] = set()  # of those that wait for a request
         self._ends: float | None = None  # when nothing is waited for any more, in the loop's time
@@ -249,18 +245,20 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
         message = parse(service_pb2.ModelInferRequest, raw)
         model = find(self.catalog, message.model_name, message.model_version or None)
         call.model = model.name
-        request = read_request(message, self.settings.limits)
-        parsed = perf_counter()
+        meters = self.metrics.of(model.name, model.version)
         try:
+            request = read_request(message, self.settings.limits)
+            parsed = perf_counter()
             logits = model.run(request.images)
-        except RuntimeFailedError as error:
+            ran = perf_counter()
+            answer = write_answer(message, request, logits, model)
+        except Exception as error:
+            meters.failed(perf_counter() - began)
+            if not isinstance(error, RuntimeFailedError):
+                raise
             log("failed", "error", model=model.name, why=str(error))
             raise RequestError(f"the model does not run: {error}", 500, "runtime") from None
-        ran = perf_counter()
-        answer = write_answer(message, request, logits, model)
         encoded = perf_counter()
-        key = model.name, model.version
-        meters = self._meters.get(key) or self._meters.setdefault(key, self.metrics.of(*key))
         meters.answered(len(logits), began, parsed, ran, encoded)
         if self.settings.access_log:
             log(
