@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -804,6 +805,92 @@ def test_a_client_that_takes_no_answers_holds_no_place(folder: Path, tmp_path: P
     settings = Settings(grpc_port=0, write_timeout=0.3, state=tmp_path)
     with reserved(settings) as settings:
         asyncio.run(serve(settings))
+
+
+@pytest.fixture
+def rpc(folder: Path, tmp_path: Path) -> Rpc:
+    """What answers calls, in this process, with a queue of one."""
+    metrics = Metrics()
+    source = FileSource(MODEL, folder / "models/bn.onnx", folder / "reports/parity.json", True)
+    catalog = Catalog([source], metrics)
+    catalog.load()
+
+    async def cold(*_: object) -> None:
+        raise AssertionError("nobody asks over HTTP")
+
+    settings = Settings(queue=1, state=tmp_path)
+    app = App(catalog, settings, metrics, cold)
+    return Rpc(app, Control(catalog, Roll(tmp_path), 0.0), settings, lambda: False)
+
+
+class Kept(bytes):
+    """A message that tells when nobody keeps it any more."""
+
+    def __init__(self, _: bytes) -> None:
+        self.on_end: Callable[[], object] = lambda: None
+
+    def __del__(self) -> None:
+        self.on_end()
+
+
+class Context:
+    """A call, as gRPC hands it over, with these requests."""
+
+    def __init__(self, *given: bytes) -> None:
+        self.given = list(given)
+        self.answers: list[bytes] = []
+        self.on_read: Callable[[], object] = lambda: None
+        self.ended = 0  # messages that nobody keeps any more
+        self.kept: list[int] = []  # at each answer, the messages that were still kept
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def set_trailing_metadata(self, metadata: object) -> None:
+        pass
+
+    async def read(self) -> object:
+        self.on_read()
+        if not self.given:
+            return grpc.aio.EOF
+        message = Kept(self.given.pop(0))
+        message.on_end = self._end
+        return message
+
+    def _end(self) -> None:
+        self.ended += 1
+
+    async def write(self, answer: bytes) -> None:
+        self.answers.append(answer)
+        self.kept.append(len(self.answers) - self.ended)
+
+    def answered_by(self, rpc: Rpc, path: str) -> None:
+        """Have a call answered."""
+        details = SimpleNamespace(method=path)
+        asyncio.run(rpc.service(details).stream_stream(None, self))
+
+
+@pytest.mark.parametrize("path", [INFER, STREAM])
+def test_a_message_is_not_kept_until_its_answer_is_taken(rpc: Rpc, path: str) -> None:
+    context = Context(packed())
+    context.answered_by(rpc, path)
+
+    assert context.kept == [0]
+
+
+def test_a_streamed_request_is_refused_while_the_queue_is_full(rpc: Rpc) -> None:
+    context = Context(packed(id="1"), packed(id="2"), packed(id="3"))
+
+    def fill_for_the_second() -> None:
+        rpc.app.calls = int(len(context.given) == 2)
+
+    context.on_read = fill_for_the_second
+    context.answered_by(rpc, STREAM)
+
+    answers = [service_pb2.ModelStreamInferResponse.FromString(one) for one in context.answers]
+    assert [one.infer_response.id for one in answers] == ["1", "2", "3"]
+    assert [one.error_message for one in answers] == ["", "the server is busy, try again", ""]
+    assert rpc.app.calls == 0
 
 
 def test_sigterm_loses_no_call(folder: Path) -> None:

@@ -92,7 +92,7 @@ seconds = click.FloatRange(min=0.0, min_open=True)
     show_default=True,
     type=click.IntRange(1 << 10),
     metavar="BYTES",
-    help="Largest sum of the bodies that are held at once; more get 503.",
+    help="Largest sum of the bodies held at once over HTTP; more get 503.",
 )
 @click.option(
     "--max-rows",

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -182,13 +182,21 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _one(self, answer: Answer, call: Call) -> None:
         """Answer a call of one message with one message."""
+        self._check_queue(call)
+        with self._counted():
+            # The message is not kept until its answer is taken.
+            await self._write(call, await answer(await self._read(call), call))
+
+    def _check_queue(self, call: Call) -> None:
         waiting = self.app.calls - len(self._slow)
         if waiting >= self.settings.queue and call.name not in HEALTH:
             raise busy("the server is busy, try again")
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
         self.app.calls += 1
         try:
-            raw = await self._read(call)
-            await self._write(call, await answer(raw, call))
+            yield
         finally:
             self.app.calls -= 1
 
@@ -275,7 +283,10 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _stream(self, call: Call) -> None:
         """Answer requests in their order; one that is refused does not end the stream."""
         while (raw := await self._next(call.context)) is not grpc.aio.EOF:
-            await self._write(call, self._streamed(raw, call).SerializeToString())
+            answer = self._streamed(raw, call).SerializeToString()
+            del raw  # it is not kept until its answer is taken
+            with self._counted():
+                await self._write(call, answer)
 
     async def _next(self, context: Context) -> Any:
         """Read a stream's next request, or its end.
@@ -298,6 +309,7 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
         call.model = ""
         response = service_pb2.ModelStreamInferResponse()
         try:
+            self._check_queue(call)
             answer = self._computed(raw, call)
         except RequestError as error:
             self._rejected(error, call)

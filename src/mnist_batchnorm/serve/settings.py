@@ -17,7 +17,7 @@ class Settings:
         workers: processes that share the ports.
         limits: of a request's content.
         max_body: bytes of a request's body, also after decompression.
-        max_bodies: bytes of all bodies that are on their way or being answered; more get 503.
+        max_bodies: bytes of all bodies on their way or being answered over HTTP; more get 503.
         max_head: bytes of its request line and headers.
         max_connections: open at once; one more gets 503.
         queue: requests that may wait for the model; one more gets 503.
