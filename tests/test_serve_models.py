@@ -99,6 +99,59 @@ def test_no_file_hides_another_of_its_version() -> None:
     assert "two files of version 1" in (catalog.slots[1].problem or "")
 
 
+def test_what_fails_unexpectedly_keeps_no_other_model_from_being_swapped(
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    class Broken(Given):
+        broken = False
+
+        def load(self) -> Model:
+            if self.broken:
+                raise MemoryError("no room")
+            return super().load()
+
+    old = load()
+    names = "first", "broken", "last"
+    _, broken, _ = sources = [Broken(replace(old, name=name), name) for name in names]
+    catalog = Catalog(sources, Metrics())
+    catalog.load()
+    for source in sources:
+        source.model = replace(source.model, version="new")
+    broken.broken = True
+    capsysbinary.readouterr()
+    for _ in range(3):
+        asyncio.run(catalog.refresh())
+
+    assert [catalog.versions(name) for name in names] == [["new"], [old.version], ["new"]]
+    assert catalog.slots[1].problem == "it could not be loaded: MemoryError('no room')"
+    (failed,) = events(capsysbinary, "failed")
+    assert (failed["model"], failed["why"]) == ("broken", "MemoryError('no room')")
+
+    broken.broken = False
+    asyncio.run(catalog.refresh())
+    assert catalog.versions("broken") == ["new"]
+    assert catalog.slots[1].problem is None
+
+
+def test_what_was_swapped_is_served_though_the_look_at_others_is_cut_off() -> None:
+    class Endless(Given):
+        def load(self) -> Model:
+            raise asyncio.CancelledError
+
+    new = load()
+    catalog = Catalog([Given(new), Endless(new, "endless")], Metrics())
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(catalog.refresh())
+
+    assert catalog.versions("digits") == [new.version]
+
+
+def events(capture: pytest.CaptureFixture[bytes], name: str) -> list[dict[str, Any]]:
+    """What has been logged under one name."""
+    lines = [json.loads(line) for line in capture.readouterr().err.splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
 @pytest.mark.parametrize("name", SERVED)
 def test_a_proven_file_is_served(name: str) -> None:
     model = load(name)

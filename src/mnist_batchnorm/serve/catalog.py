@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import format_exc
 from types import MappingProxyType
 from typing import Protocol
 
@@ -186,22 +187,40 @@ class Catalog:
     async def refresh(self, name: str | None = None) -> None:
         """Look at the sources, of one name or all, and serve what they hold by now.
 
-        What is not fit to be served is refused, and the model before it goes on.
+        What is not fit to be served is refused, and the model before it goes on. What fails in
+        another way is logged, and keeps no other model from being served.
 
         Args:
             name: look at these even if nothing seems to have changed.
         """
         async with self._one_at_a_time:
             changed = False
-            for slot in self._slots:
-                if slot.source.name in self.unloaded and name is None:
-                    continue
-                state = slot.source.state()
-                if slot.source.name == name or (name is None and state != slot.seen):
-                    slot.seen = state
-                    changed |= await self._try(slot)
-            if changed:
-                self.publish()
+            try:
+                for slot in self._slots:
+                    if slot.source.name == name or (
+                        name is None and slot.source.name not in self.unloaded
+                    ):
+                        changed |= await self._look(slot, anew=name is not None)
+            finally:
+                if changed:
+                    self.publish()
+
+    async def _look(self, slot: Slot, *, anew: bool) -> bool:
+        """Take what a source holds, if that may have changed; tell whether another is served."""
+        try:
+            state = slot.source.state()
+            if state == slot.seen and not anew:
+                return False
+            changed = await self._try(slot)
+        except Exception as error:  # noqa: BLE001 - a bug, which is this model's affair only
+            name, problem = slot.source.name, f"it could not be loaded: {error!r}"
+            if slot.problem != problem:  # it is tried again at each look, and told of once
+                log("failed", "error", model=name, why=repr(error), traceback=format_exc())
+                self.metrics.swapped(name, "refused")
+            slot.problem = problem
+            return False
+        slot.seen = state
+        return changed
 
     async def _try(self, slot: Slot) -> bool:
         source, before = slot.source, slot.model
