@@ -146,6 +146,17 @@ def test_what_was_swapped_is_served_though_the_look_at_others_is_cut_off() -> No
     assert catalog.versions("digits") == [new.version]
 
 
+def test_what_is_served_is_logged_in_the_order_of_the_sources(
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    names = [str(number) for number in range(20)]
+    catalog = Catalog([Given(replace(load(), name=name), name) for name in names], Metrics())
+    catalog.load()
+    assert [event["model"] for event in events(capsysbinary, "served")] == names
+    catalog.unload(frozenset(names))
+    assert [event["model"] for event in events(capsysbinary, "retired")] == names
+
+
 def events(capture: pytest.CaptureFixture[bytes], name: str) -> list[dict[str, Any]]:
     """What has been logged under one name."""
     lines = [json.loads(line) for line in capture.readouterr().err.splitlines()]

@@ -248,10 +248,12 @@ class Catalog:
                 served.setdefault(slot.source.name, {}).setdefault(slot.model.version, slot.model)
         self._served = MappingProxyType(served)
         now = {model.identity: model for model in self}
-        for key in before.keys() - now.keys():
-            self._note(before[key], served=False)
-        for key in now.keys() - before.keys():
-            self._note(now[key], served=True)
+        for key, model in before.items():
+            if key not in now:
+                self._note(model, served=False)
+        for key, model in now.items():
+            if key not in before:
+                self._note(model, served=True)
         self.on_publish()
 
     def _note(self, model: Model, *, served: bool) -> None:
