@@ -51,6 +51,23 @@ def test_answers_are_as_described(case: schemathesis.Case[Any], server: Server) 
     )
 
 
+def test_each_call_tells_of_every_refusal() -> None:
+    told = {
+        call["operationId"]: set(call["responses"])
+        for path in DOCUMENT["paths"].values()
+        for call in path.values()
+    }
+    assert told.pop("live") == {"200", "500"}
+    assert told.pop("ready") == {"200", "500", "503"}
+    for name, statuses in told.items():
+        assert {"200", "401", "403", "500"} <= statuses, name
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready"])
+def test_health_is_told_to_whoever_asks(server: Server, path: str) -> None:
+    assert requests.get(f"{server.url}{path}", headers={"Host": "a"}, timeout=10).status_code == 200
+
+
 def test_the_document_is_one(server: Server) -> None:
     schema.validate()
 

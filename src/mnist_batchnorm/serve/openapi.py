@@ -67,10 +67,8 @@ def document(settings: Settings) -> Json:
         }
     paths = {
         "/v2": get("server", "Server metadata", "ServerMetadata"),
-        "/v2/health/live": {"get": {**operation("live", "Server live", "Live"), "security": []}},
-        "/v2/health/ready": {
-            "get": {**operation("ready", "Server ready", "Ready", 503), "security": []}
-        },
+        "/v2/health/live": health("live", "Live"),
+        "/v2/health/ready": health("ready", "Ready"),
         **paths,
         "/v2/models/stats": get("all_stats", "Statistics of all models", "Statistics"),
         "/v2/repository/index": {
@@ -143,21 +141,22 @@ VERSION: Json = {
 SAYS = {
     400: "The request cannot be answered",
     401: "The token is missing or another",
-    403: "The server was started without a token",
+    403: "Host or Origin is another site's, or the server has no token and this needs one",
     404: "There is no such model or version",
     408: "The request came too slowly",
     413: "The request is too large",
     415: "The content encoding is unknown",
+    500: "The server failed; its log says how",
     503: "Not now",
 }
 
 
 def refusals(*statuses: int) -> Json:
-    """Return the responses that are errors; the token may be missing everywhere."""
+    """Return the responses that are errors: those of these statuses, and of any call."""
     error = {"application/json": {"schema": ref("Error")}}
     return {
         str(status): {"description": SAYS[status], "content": error}
-        for status in sorted({401, *statuses})
+        for status in sorted({401, 403, 500, *statuses})
     }
 
 
@@ -174,6 +173,14 @@ def operation(name: str, summary: str, schema: str, *statuses: int) -> Json:
             **unready,
         },
     }
+
+
+def health(name: str, schema: str) -> Json:
+    """Return the path of a probe, which nobody is kept from."""
+    probe = operation(name, f"Server {name}", schema)
+    for status in ("401", "403"):
+        del probe["responses"][status]
+    return {"get": {**probe, "security": []}}
 
 
 def get(
