@@ -519,6 +519,15 @@ def test_an_odd_request_is_answered(server: Server, content: bytes, logits: np.n
         well(client.ask(GOOD), logits)
 
 
+@pytest.mark.parametrize("target", ["http://localhost", "http://localhost:8000", "http://a?b=c"])
+def test_a_url_without_a_path_is_the_page(server: Server, target: str, logits: np.ndarray) -> None:
+    with Client(server) as client:
+        page = client.ask(http(method="GET", path="/", length=False))
+        answer = client.ask(http(method="GET", path=target, length=False))
+        assert (answer.status, answer.body) == (200, page.body)
+        well(client.ask(GOOD), logits)
+
+
 def test_there_are_more_than_400_kinds() -> None:
     bodies = [case.what for case in REFUSED] + [case.what for case in TAKEN]
     kinds = bodies + [case.what for case in WRONG] + list(ODD)

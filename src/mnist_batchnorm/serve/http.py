@@ -200,6 +200,8 @@ class Protocol(HttpToolsProtocol):
                 return
             self._refusal = (405, "CONNECT: this server is no proxy", "path")
             raise Refused
+        if not self.url.startswith(b"/"):
+            self.url = with_path(self.url)
         self._unset_keepalive_if_required()
         self._body_since, self._head_since, self._size = self.loop.time(), None, 0
         before = self.cycle
@@ -398,6 +400,18 @@ class Protocol(HttpToolsProtocol):
         if self._asking and not self.transport.is_closing():
             self._refusal = (503, "the server stops", "stops")
             self.send_400_response("")
+
+
+def with_path(target: bytes) -> bytes:
+    """Return a request's target, with the path / where it is a URL without (RFC 9112, 3.2.2).
+
+    Raises:
+        HttpParserInvalidURLError: It is none.
+    """
+    url = httptools.parse_url(target)
+    if url.path is not None or url.schema is None:
+        return target
+    return b"/" if url.query is None else b"/?" + url.query
 
 
 def close_unless_unread(transport: asyncio.Transport) -> None:
