@@ -149,6 +149,9 @@ def test_it_tells_the_same_of_itself_as_over_http(
     over_http = get(f"/v2/models/{MODEL}")
 
     assert (itself.name, itself.version) == (get("/v2")["name"], get("/v2")["version"])
+    extensions = set(get("/v2")["extensions"])
+    assert set(itself.extensions) == extensions - {"binary_tensor_data"}
+    assert "parameters" in extensions  # test_parameters_come_back
     assert list(model.versions) == over_http["versions"]
     assert model.platform == over_http["platform"]
     for tensors, same in [(model.inputs, "inputs"), (model.outputs, "outputs")]:

@@ -223,7 +223,7 @@ def test_it_is_live_and_ready_also_without_token(client: Any, version: str) -> N
 def test_server_metadata(client: Any) -> None:
     about = client.get_server_metadata(headers=headers())
     assert about["name"] == "mnist-batchnorm"
-    assert "model_configuration" in about["extensions"]
+    assert {"model_configuration", "parameters"} <= set(about["extensions"])
 
 
 def test_model_metadata(client: Any, version: str) -> None:

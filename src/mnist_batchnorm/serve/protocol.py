@@ -23,6 +23,7 @@ EXTENSIONS = (
     "model_repository",
     "model_configuration",
     "binary_tensor_data",
+    "parameters",
     "statistics",
 )
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"

@@ -13,6 +13,7 @@ from tritonclient.grpc import service_pb2
 
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.parity.runtime import RuntimeFailedError
+from mnist_batchnorm.serve import protocol
 from mnist_batchnorm.serve.app import App, has_token, told
 from mnist_batchnorm.serve.control import Control, allow_control, check_parameters
 from mnist_batchnorm.serve.describe import (
@@ -41,7 +42,7 @@ Cold = Callable[[Message, "Call"], Awaitable[Message]]
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 METHODS = SERVICE.methods_by_name
-EXTENSIONS = ("classification", "model_configuration", "model_repository", "statistics")
+EXTENSIONS = tuple(name for name in protocol.EXTENSIONS if name != "binary_tensor_data")
 HEALTH = ("ServerLive", "ServerReady")  # free of the token
 TRACED = frozenset(("authorization", "x-request-id", "traceparent"))
 CODES = {  # of HTTP -> of gRPC
