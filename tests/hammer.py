@@ -336,7 +336,8 @@ class OpenLoad:
     async def run(self, rate: float, seconds: float) -> None:
         """Send so many requests a second while users are left; wait for the answers."""
         loop = asyncio.get_running_loop()
-        start, count, opening = loop.time(), 0, set()
+        start, count = loop.time(), 0
+        opening: set[asyncio.Task[None]] = set()
         while (now := loop.time()) - start < seconds:
             while (due := start + count / rate) <= now:
                 count += 1
