@@ -1,5 +1,6 @@
 """MLflow's store: telling it of a run twice, late or in parts is telling it once."""
 
+import logging
 import shutil
 import subprocess
 import time
@@ -68,6 +69,12 @@ def test_tracking_uri_of_the_user_goes_first(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     assert tracking_uri(Path("/root")) == used
+
+
+def test_mlflow_keeps_quiet_whoever_imported_it_first(local: Path) -> None:
+    logging.getLogger("mlflow").setLevel(logging.INFO)
+    Runs.open(EXPERIMENT, local)
+    assert logging.getLogger("mlflow").level == logging.WARNING
 
 
 def test_artefacts_are_beside_the_database_wherever_the_process_runs(

@@ -133,6 +133,8 @@ class Runs:
         from filelock import FileLock
         from mlflow.tracking import MlflowClient
 
+        # the variable says it only to who imports MLflow first
+        logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
         mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
         uri = tracking_uri(root)
         artifacts = (root / "mlartifacts").as_uri()
