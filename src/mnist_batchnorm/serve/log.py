@@ -1,11 +1,12 @@
 """The server's log: a JSON object a line, on stderr."""
 
-import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import orjson
 
@@ -17,9 +18,13 @@ def log(event: str, level: str = "info", **fields: object) -> None:
         text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z, default=str)
     except TypeError:  # not UTF-8, as a file's name may be: written in escapes
         text = json.dumps(line, default=str).encode() + b"\n"
-    with contextlib.suppress(OSError):
+    try:
         sys.stderr.buffer.write(text)
         sys.stderr.buffer.flush()
+    except BrokenPipeError:  # nobody reads any more; what is left would fail again at the exit
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
+    except OSError:
+        pass
 
 
 class Sparse:
