@@ -37,6 +37,24 @@ settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
 
 
+# Modules whose tests take several seconds on a server: one shows that both stores are alike.
+HEAVY_ON_A_SERVER = {"test_registry.py", "test_sync.py"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    shown = set()
+    for item in items:
+        on_server = isinstance(item, pytest.Function) and (
+            getattr(item, "callspec", None) is not None
+            and item.callspec.params.get("backend") == "server"
+        )
+        if on_server and item.path.name in HEAVY_ON_A_SERVER:
+            if item.path in shown:
+                item.add_marker(pytest.mark.slow)
+            shown.add(item.path)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch
