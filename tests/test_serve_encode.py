@@ -245,15 +245,20 @@ def ask(
     return answer.status, content, None if length is None else int(length)
 
 
+def check_over_the_wire(
+    connection: http.client.HTTPConnection, images: np.ndarray, form: Form
+) -> None:
+    status, body, json_length = ask(connection, *body_of(images, form))
+    assert status == 200
+    check(body, json_length, form, expected_of(images))
+
+
 @settings(max_examples=40)
 @given(seed=seeds, rows=st.integers(0, 4), form=forms)
 def test_every_form_gives_onnx_runtimes_logits_over_the_wire(
     connection: http.client.HTTPConnection, seed: int, rows: int, form: Form
 ) -> None:
-    images = images_of(seed, rows, form)
-    status, body, json_length = ask(connection, *body_of(images, form))
-    assert status == 200
-    check(body, json_length, form, expected_of(images))
+    check_over_the_wire(connection, images_of(seed, rows, form), form)
 
 
 @pytest.mark.slow
@@ -262,10 +267,7 @@ def test_every_form_gives_onnx_runtimes_logits_over_the_wire(
 def test_thousands_of_requests_give_onnx_runtimes_logits(
     connection: http.client.HTTPConnection, seed: int, rows: int, form: Form
 ) -> None:
-    images = images_of(seed, rows, form)
-    status, body, json_length = ask(connection, *body_of(images, form))
-    assert status == 200
-    check(body, json_length, form, expected_of(images))
+    check_over_the_wire(connection, images_of(seed, rows, form), form)
 
 
 def mutated(seed: int, form: Form) -> tuple[bytes, int | None]:

@@ -86,6 +86,20 @@ def now() -> int:
     return time.time_ns() // 1_000_000
 
 
+def import_mlflow() -> None:
+    """Import MLflow so that it is quiet, and gives up soon on a store that is not there."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # the exception tells all that they would log
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    import mlflow.store.db.utils
+
+    # the variable says it only to who imports MLflow first
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
+
+
 class Runs:
     """The runs of one MLflow experiment.
 
@@ -124,18 +138,10 @@ class Runs:
             UserError: It is not there.
             Exception: whatever MLflow or a plug-in of its raises for a store that is not usable.
         """
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # the exception tells all that they would log
-        logging.getLogger("urllib3").setLevel(logging.ERROR)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        import mlflow.store.db.utils
+        import_mlflow()
         from filelock import FileLock
         from mlflow.tracking import MlflowClient
 
-        # the variable says it only to who imports MLflow first
-        logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
-        mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
         uri = tracking_uri(root)
         artifacts = (root / "mlartifacts").as_uri()
         local = database(root)

@@ -13,7 +13,7 @@ from mnist_batchnorm.layout import REGISTRY
 from mnist_batchnorm.serve import models
 from mnist_batchnorm.serve.log import log
 from mnist_batchnorm.serve.metrics import Metrics
-from mnist_batchnorm.serve.models import Model
+from mnist_batchnorm.serve.models import SHORT, Model
 
 State = tuple[object, ...]
 
@@ -180,7 +180,8 @@ class Catalog:
             if same and theirs.sha256 != model.sha256:
                 raise CheckFailedError(
                     f"{model.name} has two files of version {model.version}, SHA-256 "
-                    f"{theirs.sha256[:12]}… and {model.sha256[:12]}…; serve one under another name"
+                    f"{theirs.sha256[:SHORT]}… and {model.sha256[:SHORT]}…; serve one under "
+                    "another name"
                 )
         return model
 

@@ -28,7 +28,7 @@ from mnist_batchnorm.layout import repository
 from mnist_batchnorm.registry import VERSION_TAG
 from mnist_batchnorm.serve.log import log
 from mnist_batchnorm.serve.registered import REPORT, Address, Current, Fetched
-from mnist_batchnorm.store import ENVIRONMENT, trouble
+from mnist_batchnorm.store import import_mlflow, trouble
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -102,13 +102,10 @@ class Registry:
         return found.st_dev, found.st_ino
 
     def _connect(self) -> "MlflowClient":
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        import_mlflow()
         import mlflow
-        import mlflow.store.db.utils
         from mlflow.tracking import MlflowClient
 
-        mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
         mlflow.set_tracking_uri(self.uri)  # for what looks at no client: the artefacts
         return MlflowClient(self.uri, os.environ.get("MLFLOW_REGISTRY_URI") or self.uri)
 
