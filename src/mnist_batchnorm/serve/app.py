@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
 from traceback import format_exc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -23,6 +23,7 @@ from mnist_batchnorm.serve.body import (
     length_of,
     pick,
     read_body,
+    unpacked,
 )
 from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.decode import decode
@@ -40,9 +41,14 @@ from mnist_batchnorm.serve.protocol import (
 from mnist_batchnorm.serve.settings import Settings
 from mnist_batchnorm.serve.site import Site
 
+if TYPE_CHECKING:
+    from mnist_batchnorm.serve.direct import Direct
+
 Scope = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
+Served = tuple[Model, Meters]
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, headers, body
 
 JSON = (b"content-type", b"application/json")
 BINARY = (b"content-type", b"application/octet-stream")
@@ -50,7 +56,6 @@ BINARY = (b"content-type", b"application/octet-stream")
 OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json"))
 HEALTH = "/v2/health/"
 OPEN_FOLDERS = (HEALTH, "/static/")
-WHOLE = "mnist_bn.answer_whole"  # in a scope: how the server answers in one piece, if it can
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # visible ASCII
 # W3C, level 1: neither version ff nor an id of zeros is valid
 TRACEPARENT = re.compile(
@@ -66,6 +71,13 @@ class App:
         settings: how to serve.
         metrics: what is counted.
         cold: the application for everything but inference.
+
+    Attributes:
+        by_target: the target of a request for inference, as HTTP has it -> what it asks.
+        ready: connections with a request that is all here, unanswered.
+        calls: over gRPC that are not answered yet.
+        room: for bodies.
+        process: which the ids that it gives to requests begin with.
     """
 
     def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics, cold: ASGI) -> None:
@@ -73,25 +85,27 @@ class App:
         self.settings = settings
         self.metrics = metrics
         self.cold = cold
-        self.ready: set[object] = set()  # connections with a request that is all here, unanswered
-        self.calls = 0  # over gRPC that are not answered yet
+        self.by_target: dict[bytes, Served] = {}
+        self.ready: set[object] = set()
+        self.calls = 0
         self._token = settings.token.encode() if settings.token else None
         self._site = Site(settings)
-        self._room = Room(settings.max_bodies)
+        self.room = Room(settings.max_bodies)
         self._ids = itertools.count()
         self._busy = Sparse("busy")
-        self.process = secrets.token_hex(6)  # which the ids that it gives to requests begin with
-        self._paths: dict[str, tuple[Model, Meters]] = {}
+        self.process = secrets.token_hex(6)
+        self._paths: dict[str, Served] = {}
         catalog.on_publish = self._list_paths
         self._list_paths()
 
     def _list_paths(self) -> None:
-        paths: dict[str, tuple[Model, Meters]] = {}
+        paths: dict[str, Served] = {}
         for model in self.catalog:
             served = (model, self.metrics.of(model.name, model.version))
             paths.setdefault(f"/v2/models/{model.name}/infer", served)
             paths[f"/v2/models/{model.name}/versions/{model.version}/infer"] = served
         self._paths = paths
+        self.by_target = {path.encode(): served for path, served in paths.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -110,31 +124,66 @@ class App:
                 await self._answer_cold(scope, head, receive, send)
                 return
             try:
-                self._check_queue()
-                with Held(self._room, receive) as held:
-                    await self._infer(served, scope, head, held, send)
+                if self.crowded:
+                    raise crowd()
+                with Held(self.room, receive) as held:
+                    body = await read_body(head, held, self.settings)
+                    if self.crowded:  # others have come while this one was on its way
+                        raise crowd()
+                    status, headers, content = self._infer(served, head, body)
             except BaseException:
                 served[1].failed(perf_counter() - began)
                 raise
-        except RequestError as error:
-            error.__traceback__ = None  # its frames would keep the body while the rest is read
-            await self._refuse(error, model, head, receive, send)
+            served[1].count()
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": content})
         except ClientGoneError:
             self.metrics.rejected("gone", model)
-        except RuntimeFailedError as error:
-            log("failed", "error", model=model, why=str(error))
-            failure = RequestError(f"the model does not run: {error}", 500, "runtime")
-            await self._refuse(failure, model, head, receive, send)
-        except Exception as error:  # noqa: BLE001 - a bug, which must not end as plain text
-            log("failed", "error", model=model, why=repr(error), traceback=format_exc())
-            failure = RequestError("the server failed; its log says how", 500, "bug", unread=True)
-            await self._refuse(failure, model, head, receive, send)
-        except asyncio.CancelledError:  # the server ends and cannot wait any longer
-            await self._refuse(busy("the server stops"), model, head, receive, send)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is logged
+            refusal = self._explain(error, model)
+            error.__traceback__ = None  # its frames would keep the body while the rest is read
+            await self._refuse(refusal, model, head, receive, send)
 
-    def _check_queue(self) -> None:
-        if len(self.ready) > self.settings.queue:
-            raise busy("the server is busy, try again")
+    def takes(self, head: dict[bytes, bytes], version: str) -> bool:
+        """Tell whether all of a request for inference may come before it is looked at.
+
+        Args:
+            head: headers of the request.
+            version: of HTTP.
+        """
+        try:
+            self._site.check(head, "POST", version)
+            size = length_of(head, b"content-length")
+        except RequestError:
+            return False
+        if size is None or size > self.settings.max_body or self.crowded:
+            return False
+        return self._token is None or has_token(head, self._token)
+
+    def answer(self, request: "Direct") -> Answer:
+        """Answer a request that the server takes and that is all here; its body is gone then."""
+        model, meters = request.served
+        try:
+            if request.crowded:
+                raise crowd()
+            body = unpacked(request.head, request.pop_body(), self.settings)
+            return self._infer(request.served, request.head, body)
+        except Exception as error:  # noqa: BLE001 - it is logged
+            meters.failed(perf_counter() - request.began)
+            refusal = self._explain(error, model.name)
+            refusal.unread = False
+            return self._refusal(refusal, model.name, request.head)
+
+    def gone(self, request: "Direct") -> None:
+        """Count a request whose client has hung up before it was all here."""
+        model, meters = request.served
+        meters.failed(perf_counter() - request.began)
+        self.metrics.rejected("gone", model.name)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more requests wait than may."""
+        return len(self.ready) > self.settings.queue
 
     def _allowed(self, path: str, head: dict[bytes, bytes]) -> bool:
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
@@ -154,23 +203,14 @@ class App:
                 message["headers"] = [*message["headers"], *self.trace(head)]
             await send(message)
 
-        with Held(self._room, receive) as held:
+        with Held(self.room, receive) as held:
             await self.cold(scope, held, send_traced)
         if self.settings.access_log:
             path = scope["path"][:LONGEST]
             log("answered", method=scope["method"], path=path, status=status, **told(head))
 
-    async def _infer(
-        self,
-        served: tuple[Model, Meters],
-        scope: Scope,
-        head: dict[bytes, bytes],
-        receive: Receive,
-        send: Send,
-    ) -> None:
+    def _infer(self, served: Served, head: dict[bytes, bytes], body: bytes) -> Answer:
         model, meters = served
-        body = await read_body(head, receive, self.settings)
-        self._check_queue()  # others may have come while this one was on its way
         began = perf_counter()
         request = decode(body, length_of(head, HEADER_LENGTH), self.settings.limits)
         parsed = perf_counter()
@@ -183,10 +223,6 @@ class App:
             headers.append(JSON)
         else:
             headers += [BINARY, (HEADER_LENGTH, b"%d" % json_length)]
-        answer_whole = scope.get(WHOLE)
-        if not answer_whole or not answer_whole(headers, content):
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": content})
         meters.answered(len(logits), began, parsed, ran, encoded)
         if self.settings.access_log:
             log(
@@ -197,6 +233,7 @@ class App:
                 seconds=round(encoded - began, 6),
                 **told(head),
             )
+        return 200, headers, content
 
     def trace(self, head: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         """Return the headers by which a request can be found again."""
@@ -212,14 +249,20 @@ class App:
                 del head[b"traceparent"]
         return headers
 
-    async def _refuse(
-        self,
-        error: RequestError,
-        model: str,
-        head: dict[bytes, bytes],
-        receive: Receive,
-        send: Send,
-    ) -> None:
+    def _explain(self, error: BaseException, model: str) -> RequestError:
+        """Return what a client is told of an error, and log what it need not know."""
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, RuntimeFailedError):
+            log("failed", "error", model=model, why=str(error))
+            return RequestError(f"the model does not run: {error}", 500, "runtime")
+        if isinstance(error, asyncio.CancelledError):  # the server ends and cannot wait any longer
+            return busy("the server stops")
+        # a bug, which must not end as plain text
+        log("failed", "error", model=model, why=repr(error), traceback=format_exc())
+        return RequestError("the server failed; its log says how", 500, "bug", unread=True)
+
+    def _refusal(self, error: RequestError, model: str, head: dict[bytes, bytes]) -> Answer:
         why = str(error).encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
         content = orjson.dumps({"error": why})
         headers = [JSON, (b"content-length", b"%d" % len(content)), *self.trace(head)]
@@ -232,11 +275,27 @@ class App:
             self._busy.log(why=why, model=model, **told(head))
         else:
             log("rejected", status=status, reason=error.reason, why=why, model=model, **told(head))
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        return status, headers, content
+
+    async def _refuse(
+        self,
+        error: RequestError,
+        model: str,
+        head: dict[bytes, bytes],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        status, headers, content = self._refusal(error, model, head)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": error.unread})
         if error.unread:
             await discard_body(receive, 4 * self.settings.max_body)
             await send({"type": "http.response.body", "body": b""})
+
+
+def crowd() -> RequestError:
+    """Return the refusal of a request when too many wait."""
+    return busy("the server is busy, try again")
 
 
 def has_token(head: dict[bytes, bytes], token: bytes) -> bool:

@@ -14,6 +14,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 WBITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's, of each content encoding
 DIGITS = 18  # of a length; more is no length
+FULL = "the server holds too many large requests, try again"
 DISCARD_TIME = 2.0  # seconds for which a refused body is still read
 NEEDED = frozenset(
     (
@@ -64,6 +65,15 @@ class Room:
         self.limit = limit
         self.held = 0
 
+    def take(self, size: int) -> bool:
+        """Hold so many more, and tell whether that is within the limit."""
+        self.held += size
+        return self.held <= self.limit
+
+    def give_back(self, size: int) -> None:
+        """Hold so many less."""
+        self.held -= size
+
 
 class Held:
     """Receives a request's body while there is room for it; gives the room back at the end.
@@ -82,7 +92,7 @@ class Held:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._room.held -= self._size
+        self._room.give_back(self._size)
 
     async def __call__(self) -> Message:
         """Return what comes next.
@@ -93,9 +103,8 @@ class Held:
         message = await self._receive()
         size = len(message.get("body", b""))
         self._size += size
-        self._room.held += size
-        if self._room.held > self._room.limit:
-            raise busy("the server holds too many large requests, try again", unread=True)
+        if not self._room.take(size):
+            raise busy(FULL, unread=True)
         return message
 
 
@@ -116,7 +125,17 @@ async def read_body(head: dict[bytes, bytes], receive: Receive, settings: Settin
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
         body = await _read_on(body, receive, limit)
-    elif len(body) > limit:
+    return unpacked(head, body, settings)
+
+
+def unpacked(head: dict[bytes, bytes], body: bytes, settings: Settings) -> bytes:
+    """Undo a body's compression.
+
+    Raises:
+        RequestError: It is too large or not encoded as it says.
+    """
+    limit = settings.max_body
+    if len(body) > limit:
         raise too_large(len(body), limit)
     encoding = head.get(b"content-encoding")
     return decompress(body, encoding, limit) if encoding else body
@@ -132,8 +151,6 @@ async def _read_on(first: bytes, receive: Receive, limit: int) -> bytes:
             raise ClientGoneError
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    if len(body) > limit:
-        raise too_large(len(body), limit)
     return bytes(body)
 
 

@@ -269,6 +269,7 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]
             raise RequestError(f"the model does not run: {error}", 500, "runtime") from None
         encoded = perf_counter()
         meters.answered(len(logits), began, parsed, ran, encoded)
+        meters.count()
         if self.settings.access_log:
             log(
                 "infer",
