@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnist_batchnorm.serve import decode as with_simdjson
-from mnist_batchnorm.serve.protocol import InferRequest, Limits, RequestError
+from mnist_batchnorm.serve.protocol import InferRequest, RequestError
+from mnist_batchnorm.serve.settings import Limits
 from tests import bodies
 from tests.bodies import GREY, IMAGE, PIXELS, REFUSED, TAKEN, Refused, Taken, request, tensor
 
@@ -129,6 +130,55 @@ def test_a_list_longer_than_simdjson_can_count_is_read_by_the_other() -> None:
         with_simdjson.decode(body, None, LIMITS)
 
 
+# --- requests that differ in their numbers only ---------------------------------------------------
+
+
+def test_what_is_around_the_numbers_is_read_once() -> None:
+    def asked(image: list[float]) -> InferRequest:
+        outputs = [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}]
+        body = request(tensor(data=image), outputs=outputs)
+        return with_simdjson.decode(body, None, LIMITS)
+
+    first = asked(IMAGE)
+    with mock.patch.object(with_simdjson, "_decode_json", side_effect=AssertionError):
+        second = asked(IMAGE[::-1])
+        np.testing.assert_array_equal(second.images, first.images[:, ::-1])
+        assert (second.binary, second.classes) == (first.binary, first.classes) == (True, 2)
+
+
+def test_pixels_are_scaled_whether_or_not_it_is_known_that_they_are() -> None:
+    for image in (GREY, GREY[::-1]):
+        same(request(bodies.bytes_tensor(data=image)))
+
+
+def test_a_limit_on_rows_holds_for_what_another_had_let_pass() -> None:
+    body = request(tensor(shape=[2, PIXELS], data=IMAGE * 2))
+    assert len(with_simdjson.decode(body, None, LIMITS).images) == 2
+    with pytest.raises(RequestError, match="got 2 images, expected at most 1"):
+        with_simdjson.decode(body, None, Limits(rows=1))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        b'{"data":[LIST],"inputs":[%b]}',
+        b'{"inputs":[%b],"data":[LIST]}',
+        b'{"parameters":{"data":[LIST]},"inputs":[%b]}',
+        b'{"outputs":[{"name":"logits","data":[LIST]}],"inputs":[%b]}',
+        b'{"inputs":[%b],"inputs":[{"data":[LIST]}]}',
+        b'{"id":"\\"data\\":[LIST]","inputs":[%b]}',
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("own", [b'"data":[LIST],', b'"parameters":{"data":[LIST]},', b""])
+def test_other_lists_are_not_taken_for_the_images(around: bytes, own: bytes) -> None:
+    one = json.dumps(tensor()).encode()
+    body = around % one.replace(b"{", b"{" + own, 1)
+    many = b",".join([b"0"] * PIXELS)
+    for content in (many, many, b"1" + many[1:], b"2", b'{"a":2', b"[3", b"", b"true"):
+        same(body.replace(b"LIST", content))
+
+
 # --- anything -----------------------------------------------------------------------------------
 
 
@@ -155,8 +205,9 @@ def refusal(error: RequestError) -> object:
 
 
 def same(body: bytes, json_length: int | None = None) -> None:
-    first, second = (outcome(parser, body, json_length) for parser in PARSERS.values())
-    assert first == second
+    expected = outcome(PARSERS["orjson"], body, json_length)
+    assert outcome(with_simdjson, body, json_length) == expected
+    assert outcome(with_simdjson, body, json_length) == expected  # it remembers what it has read
 
 
 scalars = (
@@ -220,8 +271,10 @@ def test_any_field_may_hold_anything(fields: dict[str, object], own: dict[str, o
     st.integers(0, 3),
 )
 def test_a_request_in_which_something_is_changed(place: int, by: bytes, over: int) -> None:
-    body = request(id="1", outputs=[{"name": "logits"}])
-    same(body[:place] + by + body[place + over :])
+    for fields in ({}, {"id": "1"}):  # of which it remembers the first
+        body = request(**fields, outputs=[{"name": "logits"}])
+        with_simdjson.decode(body, None, LIMITS)
+        same(body[:place] + by + body[place + over :])
 
 
 @given(st.lists(st.integers(-1, 3) | st.none() | st.just(10**20), max_size=5), anything)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from mnist_batchnorm.dataset import network_input
 from mnist_batchnorm.parity import runtime
 from mnist_batchnorm.serve.encode import classified, encode, pack
-from mnist_batchnorm.serve.protocol import Float32, InferRequest, Limits
+from mnist_batchnorm.serve.protocol import Float32, InferRequest
+from mnist_batchnorm.serve.settings import Limits
 from tests import serving
 from tests.serving import NETWORK, Server
 from tests.test_serve_decode import PARSERS

@@ -6,59 +6,49 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.layout import MODELS, REPORTS, SERVED
+from mnist_batchnorm.serve.settings import Limits, Settings
 
 if TYPE_CHECKING:
     from mnist_batchnorm.serve.catalog import Source
-    from mnist_batchnorm.serve.settings import Settings
 
+F = TypeVar("F", bound=Callable[..., Any])
 TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - the variable's name
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client keeps what processes share
 LONG_ENOUGH = 16  # characters of a token
 ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 NAMES = {file: name for name, file in SERVED.items()}
 
-seconds = click.FloatRange(min=0.0, min_open=True)
+SOME = click.FloatRange(min=0.0, min_open=True)
+ANY = click.FloatRange(0.0)
+
+
+def setting(name: str, kind: click.ParamType[Any], metavar: str, says: str) -> Callable[[F], F]:
+    """Make an option of the setting with this name."""
+    default = getattr(Settings, name.replace("-", "_"))
+    return click.option(
+        f"--{name}", default=default, show_default=True, type=kind, metavar=metavar, help=says
+    )
 
 
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    metavar="ADDRESS",
-    help="Address to listen on.",
-)
-@click.option(
-    "--port",
-    default=8000,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    metavar="PORT",
-    help="Port to listen on; 0: any.",
-)
+@setting("host", click.STRING, "ADDRESS", "Address to listen on.")
+@setting("port", click.IntRange(0, 65535), "PORT", "Port to listen on; 0: any.")
 @click.option(
     "--grpc-port",
     type=click.IntRange(0, 65535),
     metavar="PORT",
     help="Answer gRPC too, on this port; 0: any.",
 )
-@click.option(
-    "--workers",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1, 256),
-    metavar="N",
-    help="Processes that share the port.",
-)
+@setting("workers", click.IntRange(1, 256), "N", "Processes that share the port.")
 @click.option(
     "--parity",
     default=REPORTS / "parity.json",
@@ -78,138 +68,55 @@ seconds = click.FloatRange(min=0.0, min_open=True)
 @click.option(
     "--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask; may be repeated."
 )
-@click.option(
-    "--max-body",
-    default=32 << 20,
-    show_default=True,
-    type=click.IntRange(1 << 10),
-    metavar="BYTES",
-    help="Largest body of a request, also when it is unpacked.",
+@setting(
+    "max-body",
+    click.IntRange(1 << 10),
+    "BYTES",
+    "Largest body of a request, also when it is unpacked.",
 )
-@click.option(
-    "--max-bodies",
-    default=256 << 20,
-    show_default=True,
-    type=click.IntRange(1 << 10),
-    metavar="BYTES",
-    help="Largest sum of the bodies held at once over HTTP; more get 503.",
+@setting(
+    "max-bodies",
+    click.IntRange(1 << 10),
+    "BYTES",
+    "Largest sum of the bodies held at once over HTTP; more get 503.",
 )
 @click.option(
     "--max-rows",
-    default=10_000,
+    default=Limits.rows,
     show_default=True,
     type=click.IntRange(1),
     metavar="N",
     help="Most images in a request.",
 )
-@click.option(
-    "--max-connections",
-    default=4096,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Most connections; one more gets 503.",
+@setting("max-connections", click.IntRange(1), "N", "Most connections; one more gets 503.")
+@setting("queue", click.IntRange(1), "N", "Most requests that wait; one more gets 503.")
+@setting("head-timeout", SOME, "SECONDS", "For a request's head to arrive.")
+@setting("body-timeout", SOME, "SECONDS", "For its body to arrive.")
+@setting("write-timeout", SOME, "SECONDS", "In which a client must take some of its answer.")
+@setting("keep-alive", SOME, "SECONDS", "For which a connection may lie idle.")
+@setting(
+    "drain-delay",
+    ANY,
+    "SECONDS",
+    "To serve on, not ready, after SIGTERM; more than the probes' period.",
 )
-@click.option(
-    "--queue",
-    default=512,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Most requests that wait; one more gets 503.",
+@setting("drain", SOME, "SECONDS", "For requests in flight to end after that.")
+@setting(
+    "watch", ANY, "SECONDS", "Between looks for new models; 0: never, nor in MLflow's registry."
 )
-@click.option(
-    "--head-timeout",
-    default=10.0,
-    show_default=True,
-    type=seconds,
-    metavar="SECONDS",
-    help="For a request's head to arrive.",
-)
-@click.option(
-    "--body-timeout",
-    default=30.0,
-    show_default=True,
-    type=seconds,
-    metavar="SECONDS",
-    help="For its body to arrive.",
-)
-@click.option(
-    "--write-timeout",
-    default=30.0,
-    show_default=True,
-    type=seconds,
-    metavar="SECONDS",
-    help="In which a client must take some of its answer.",
-)
-@click.option(
-    "--keep-alive",
-    default=75.0,
-    show_default=True,
-    type=seconds,
-    metavar="SECONDS",
-    help="For which a connection may lie idle.",
-)
-@click.option(
-    "--drain-delay",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0.0),
-    metavar="SECONDS",
-    help="To serve on, not ready, after SIGTERM; more than the probes' period.",
-)
-@click.option(
-    "--drain",
-    default=20.0,
-    show_default=True,
-    type=seconds,
-    metavar="SECONDS",
-    help="For requests in flight to end after that.",
-)
-@click.option(
-    "--watch",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0.0),
-    metavar="SECONDS",
-    help="Between looks for new models; 0: never, nor in MLflow's registry.",
-)
-@click.option(
-    "--watch-registry",
-    default=10.0,
-    show_default=True,
-    type=click.FloatRange(0.0),
-    metavar="SECONDS",
-    help="Between looks at MLflow's registry; 0: never.",
-)
+@setting("watch-registry", ANY, "SECONDS", "Between looks at MLflow's registry; 0: never.")
 @click.option("--allow-nonfinite", is_flag=True, help="Pass NaN and infinities to the model.")
 @click.option("--access-log", is_flag=True, help="Log each request.")
 def command(
     sources: tuple[str, ...],
-    host: str,
-    port: int,
-    grpc_port: int | None,
-    workers: int,
     parity: Path,
     allow_unverified: bool,
     token_file: Path | None,
     insecure: bool,
     cors: tuple[str, ...],
-    max_body: int,
-    max_bodies: int,
     max_rows: int,
-    max_connections: int,
-    queue: int,
-    head_timeout: float,
-    body_timeout: float,
-    write_timeout: float,
-    keep_alive: float,
-    drain_delay: float,
-    drain: float,
-    watch: float,
-    watch_registry: float,
     allow_nonfinite: bool,
-    access_log: bool,
+    **options: Any,
 ) -> None:
     """Serve proven models over the Open Inference Protocol, version 2.
 
@@ -222,57 +129,52 @@ def command(
         # Read when prometheus_client and NumPy are imported. Another program's figures are not
         # ours, and nothing here is worth a second thread.
         os.environ.pop(SHARED, None)
-        if workers > 1:
+        if options["workers"] > 1:
             os.environ[SHARED] = state
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         require_extra()
-        if grpc_port is not None:
-            require_grpc()
-        from mnist_batchnorm.serve.protocol import Limits
-        from mnist_batchnorm.serve.settings import Settings
-
-        token = read_token(token_file)
-        if not token and not insecure and not is_loopback(host):
-            raise UserError(
-                f"--host {host} lets other machines in: give a token by --token-file or {TOKEN}, "
-                "or say --insecure"
-            )
-        for origin in cors:
-            if not ORIGIN.fullmatch(origin):
-                raise UserError(
-                    f"--cors: got {origin!r}, expected what browsers send as Origin, like "
-                    "https://app.example.org, or *"
-                )
-        if max_bodies < max_body:
-            raise UserError(f"--max-bodies {max_bodies}: expected --max-body, {max_body}, or more")
         settings = Settings(
-            host=host,
-            port=port,
-            grpc_port=grpc_port,
-            workers=workers,
             limits=Limits(max_rows, allow_nonfinite),
-            max_body=max_body,
-            max_bodies=max_bodies,
-            max_connections=max_connections,
-            queue=queue,
-            head_timeout=head_timeout,
-            body_timeout=body_timeout,
-            write_timeout=write_timeout,
-            keep_alive=keep_alive,
-            drain_delay=drain_delay,
-            drain=drain,
-            token=token,
+            token=read_token(token_file),
             origins=cors,
-            access_log=access_log,
-            watch=watch,
-            watch_registry=watch_registry if watch else 0.0,
             state=Path(state),
+            **options,
         )
+        check(settings, insecure=insecure)
         found = sources_of(sources, parity, Path(state), allow_unverified=allow_unverified)
         sys.exit(start(found, settings))
 
 
-def start(sources: "Sequence[Source]", settings: "Settings") -> int:
+def check(settings: Settings, *, insecure: bool) -> None:
+    """Make sure that settings fit each other, and that what they need is installed.
+
+    Args:
+        settings: how to serve.
+        insecure: whether other machines may ask without a token.
+
+    Raises:
+        UserError: They do not, or it is not.
+    """
+    if settings.grpc_port is not None:
+        require_grpc()
+    if not settings.token and not insecure and not is_loopback(settings.host):
+        raise UserError(
+            f"--host {settings.host} lets other machines in: give a token by --token-file or "
+            f"{TOKEN}, or say --insecure"
+        )
+    for origin in settings.origins:
+        if not ORIGIN.fullmatch(origin):
+            raise UserError(
+                f"--cors: got {origin!r}, expected what browsers send as Origin, like "
+                "https://app.example.org, or *"
+            )
+    if settings.max_bodies < settings.max_body:
+        raise UserError(
+            f"--max-bodies {settings.max_bodies}: expected --max-body, {settings.max_body}, or more"
+        )
+
+
+def start(sources: "Sequence[Source]", settings: Settings) -> int:
     """Serve in one process or several until told to end; return the exit status."""
     from mnist_batchnorm.serve.fetcher import fetching
     from mnist_batchnorm.serve.listener import fit_descriptors, listen, reserved
@@ -284,7 +186,7 @@ def start(sources: "Sequence[Source]", settings: "Settings") -> int:
     registered = [source for source in sources if isinstance(source, RegisteredSource)]
     settings = fit_descriptors(settings)
     with contextlib.ExitStack() as held:
-        fetcher = held.enter_context(fetching(registered, settings.watch_registry))
+        fetcher = held.enter_context(fetching(registered, settings.registry_period))
         listener = held.enter_context(listen(settings))
         if settings.grpc_port is not None:
             settings = held.enter_context(reserved(settings))

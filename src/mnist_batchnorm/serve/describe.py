@@ -14,9 +14,9 @@ from mnist_batchnorm.serve.protocol import (
     OUTPUT,
     PIXELS,
     PLATFORM,
-    Limits,
     RequestError,
 )
+from mnist_batchnorm.serve.settings import Limits
 
 SERVER = "mnist-batchnorm"
 

@@ -25,9 +25,9 @@ from mnist_batchnorm.serve.protocol import (
     PIXELS,
     Float32,
     InferRequest,
-    Limits,
     refuse,
 )
+from mnist_batchnorm.serve.settings import Limits
 
 Message = Any  # generated when it is imported, so no type checker knows it
 

@@ -5,7 +5,7 @@ extensions to it, https://github.com/triton-inference-server/server/tree/main/do
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import Repr
 from typing import Any, NoReturn
 
@@ -67,19 +67,6 @@ class RequestError(Exception):
         self.headers = headers
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a request may ask for.
-
-    Attributes:
-        rows: images in it.
-        nonfinite: whether NaN and infinities are passed to the model.
-    """
-
-    rows: int = 10_000
-    nonfinite: bool = False
-
-
 @dataclass(slots=True)
 class InferRequest:
     """A request to compute.
@@ -94,7 +81,7 @@ class InferRequest:
 
     images: Float32
     id: str | None = None
-    parameters: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     binary: bool = False
     classes: int = 0
 

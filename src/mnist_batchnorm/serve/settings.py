@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mnist_batchnorm.serve.protocol import Limits
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        rows: images in it.
+        nonfinite: whether NaN and infinities are passed to the model.
+    """
+
+    rows: int = 10_000
+    nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,8 @@ class Settings:
         token: that requests must bear, health checks aside; None: none.
         origins: from which pages of other sites may ask; none: no cross-origin requests.
         access_log: whether each request is a line in the log.
-        watch: seconds between looks at whether the models' files have changed; 0: never.
+        watch: seconds between looks at whether the models' files have changed; 0: never, nor at
+            MLflow's registry.
         watch_registry: seconds between looks at MLflow's registry; 0: never.
         state: folder for what the processes of one server share.
     """
@@ -57,3 +69,8 @@ class Settings:
     watch: float = 1.0
     watch_registry: float = 10.0
     state: Path | None = None
+
+    @property
+    def registry_period(self) -> float:
+        """Seconds between looks at MLflow's registry; 0: never."""
+        return self.watch_registry if self.watch else 0.0
