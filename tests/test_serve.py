@@ -144,22 +144,31 @@ def test_a_name_that_no_address_can_hold_is_told(folder: Path, word: str) -> Non
     assert f"{word}: got" in says
 
 
-def test_bodies_together_have_a_limit(folder: Path) -> None:
-    megabyte, limit = 1 << 20, 4 << 20
-    head = (
-        b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-    )
+ASKED = b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: localhost\r\n"
+MEGABYTE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("head", "end"),
+    [
+        (b"Content-Length: %d\r\n\r\n" % (4 * MEGABYTE), b""),
+        (b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (4 * MEGABYTE), b"\r\n0\r\n\r\n"),
+    ],
+    ids=["length", "chunks"],
+)
+def test_bodies_together_have_a_limit(folder: Path, head: bytes, end: bytes) -> None:
+    limit = 4 * MEGABYTE
     with (
         running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server,
         contextlib.ExitStack() as stack,
     ):
         both = [stack.enter_context(socket.create_connection(server.address, 10)) for _ in range(2)]
         for connection in both:
-            connection.sendall(head % limit + bytes(3 * megabyte))
+            connection.sendall(ASKED + head + bytes(3 * MEGABYTE))
         (one,), _, _ = select.select(both, [], [], 10)
         refused = one.recv(1 << 16)
         (other,) = (connection for connection in both if connection is not one)
-        other.sendall(bytes(megabyte))
+        other.sendall(bytes(MEGABYTE) + end)
         answered = other.recv(1 << 16)
         asked = requests.post(
             f"{server.url}/v2/models/mnist-bn/infer", json={"inputs": [STROKE]}, timeout=10
@@ -171,12 +180,27 @@ def test_bodies_together_have_a_limit(folder: Path) -> None:
     assert asked.status_code == 200
 
 
+def test_who_hangs_up_leaves_the_room_to_others(folder: Path) -> None:
+    limit = 4 * MEGABYTE
+    head = ASKED + b"Content-Length: %d\r\n\r\n" % limit
+    with running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server:
+        for _ in range(5):
+            with socket.create_connection(server.address, 10) as connection:
+                connection.sendall(head + bytes(3 * MEGABYTE))
+        with socket.create_connection(server.address, 10) as connection:
+            connection.sendall(head + bytes(limit))
+            answered = connection.recv(1 << 16)
+        assert answered.startswith(b"HTTP/1.1 400")  # no JSON
+        figures = get(server, "/metrics").text
+
+    assert 'mnist_bn_rejects_total{model="mnist-bn",reason="gone"} 5.0' in figures
+    assert 'mnist_bn_rejects_total{model="mnist-bn",reason="json"} 1.0' in figures
+
+
 def test_what_is_refused_keeps_no_memory(folder: Path) -> None:
-    megabyte, limit = 1 << 20, 16 << 20
-    limits = ("--max-body", f"{limit}", "--max-bodies", f"{28 * megabyte}")
-    head = (
-        b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-    )
+    limit = 16 * MEGABYTE
+    limits = ("--max-body", f"{limit}", "--max-bodies", f"{28 * MEGABYTE}")
+    head = ASKED + b"Content-Length: %d\r\n\r\n" % limit
     with (
         running(*limits, folder=folder) as server,
         contextlib.ExitStack() as stack,
@@ -184,11 +208,11 @@ def test_what_is_refused_keeps_no_memory(folder: Path) -> None:
         before = server.memory()
         for _ in range(12):
             connection = socket.create_connection(server.address, 10)
-            stack.enter_context(connection).sendall(head % limit + bytes(15 * megabyte))
+            stack.enter_context(connection).sendall(head + bytes(15 * MEGABYTE))
         get(server, "/v2")
         kept = server.memory() - before
 
-    assert kept < 80 * megabyte  # one body, and what there was room for beside it
+    assert kept < 80 * MEGABYTE  # one body, and what there was room for beside it
 
 
 # --- who ----------------------------------------------------------------------------------------

@@ -223,26 +223,45 @@ def kept(server: Server) -> Iterator[Client]:
         yield client
 
 
-def framed(body: bytes, json_length: int | None) -> bytes:
-    """A request with a body."""
-    fields = [] if json_length is None else [f"Inference-Header-Content-Length: {json_length}"]
-    return http(body, *fields)
+def fields_of(case: Refused | Taken) -> tuple[str, ...]:
+    length = case.json_length
+    return () if length is None else (f"Inference-Header-Content-Length: {length}",)
 
 
+def of_a_length(case: Refused | Taken) -> bytes:
+    return http(case.body, *fields_of(case))
+
+
+def in_chunks(case: Refused | Taken) -> bytes:
+    """As the server reads it bit by bit."""
+    chunks = filter(None, (case.body[:9], case.body[9:]))
+    return chunked(*chunks, fields=fields_of(case))
+
+
+framings = pytest.mark.parametrize("framed", [of_a_length, in_chunks])
+
+
+@framings
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
 def test_a_wrong_body_is_refused_and_the_connection_goes_on(
-    kept: Client, case: Refused, logits: np.ndarray
+    kept: Client,
+    case: Refused,
+    framed: Callable[[Refused | Taken], bytes],
+    logits: np.ndarray,
 ) -> None:
-    answer = kept.ask(framed(case.body, case.json_length))
+    answer = kept.ask(framed(case))
     assert answer.status == case.status
     assert case.says in answer.error
     assert not answer.last
     well(kept.ask(GOOD), logits)
 
 
+@framings
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.what)
-def test_an_odd_body_is_answered(kept: Client, case: Taken) -> None:
-    answer = kept.ask(framed(case.body, case.json_length))
+def test_an_odd_body_is_answered(
+    kept: Client, case: Taken, framed: Callable[[Refused | Taken], bytes]
+) -> None:
+    answer = kept.ask(framed(case))
     assert answer.status == 200
     (output,) = json.loads(answer.body)["outputs"]
     expected = runtime.load(NETWORK.graph(folded=False)).run(case.images)
