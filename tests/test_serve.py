@@ -184,17 +184,64 @@ def test_who_hangs_up_leaves_the_room_to_others(folder: Path) -> None:
     limit = 4 * MEGABYTE
     head = ASKED + b"Content-Length: %d\r\n\r\n" % limit
     with running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server:
-        for _ in range(5):
+        for number in range(1, 6):
             with socket.create_connection(server.address, 10) as connection:
                 connection.sendall(head + bytes(3 * MEGABYTE))
+            gone = f'mnist_bn_rejects_total{{model="mnist-bn",reason="gone"}} {number}.0'
+            until_said(server, gone)
         with socket.create_connection(server.address, 10) as connection:
             connection.sendall(head + bytes(limit))
             answered = connection.recv(1 << 16)
-        assert answered.startswith(b"HTTP/1.1 400")  # no JSON
+
+    assert answered.startswith(b"HTTP/1.1 400")  # no JSON
+
+
+def until_said(server: Server, figure: str) -> None:
+    deadline = time.monotonic() + 30
+    while figure not in get(server, "/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("last", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+def test_what_was_refused_is_forgotten(folder: Path, last: bytes) -> None:
+    size = 16 * MEGABYTE
+    sent = ASKED + last + b"Content-Length: %d\r\n\r\n" % size + bytes(size)
+    with running(folder=folder) as server, contextlib.ExitStack() as stack:
+        before = server.memory()
+        for _ in range(12):
+            connection = stack.enter_context(socket.create_connection(server.address, 10))
+            connection.sendall(sent)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400")
+        kept = server.memory() - before
+
+    assert kept < 48 * MEGABYTE
+
+
+def test_who_finds_no_room_is_told_as_everybody(folder: Path) -> None:
+    """Counted once, by model, with the request's id, and not a line in the log for each."""
+    limit = 2 * MEGABYTE
+    head = ASKED + b"X-Request-Id: of-mine\r\nContent-Length: %d\r\n\r\n" % limit
+    with (
+        running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        full = stack.enter_context(socket.create_connection(server.address, 10))
+        full.sendall(head + bytes(limit - 1))
+        until_said(server, "mnist_bn_queue 1.0")
+        for _ in range(6):
+            with socket.create_connection(server.address, 10) as connection:
+                connection.sendall(head + bytes(limit))
+                refused = connection.recv(1 << 16)
+            assert refused.startswith(b"HTTP/1.1 503")
+            assert b"x-request-id: of-mine" in refused
+        full.sendall(b"x")
+        assert full.recv(1 << 16).startswith(b"HTTP/1.1 400")
         figures = get(server, "/metrics").text
 
-    assert 'mnist_bn_rejects_total{model="mnist-bn",reason="gone"} 5.0' in figures
-    assert 'mnist_bn_rejects_total{model="mnist-bn",reason="json"} 1.0' in figures
+    assert 'mnist_bn_rejects_total{model="mnist-bn",reason="busy"} 6.0' in figures
+    assert 'reason="gone"' not in figures
+    assert len(server.events("busy")) < 6
 
 
 def test_what_is_refused_keeps_no_memory(folder: Path) -> None:

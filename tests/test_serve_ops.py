@@ -471,6 +471,15 @@ def test_requests_that_come_at_once_are_refused_beyond_the_queue(folder: Path) -
         assert sum(1 + event["held_back"] for event in server.events("busy")) <= counts["503"]
 
 
+def test_who_is_slow_with_a_second_request_holds_no_place(folder: Path) -> None:
+    with running("--queue=2", "--drain=0.1", folder=folder) as server:
+        for _ in range(4):
+            slow = connect(server)
+            slow.sendall(REQUEST + REQUEST[:-9])
+            assert CHECK(receive(slow)) == RIGHT
+        assert [ask_anew(server) for _ in range(10)] == [RIGHT] * 10
+
+
 def test_descriptors_are_raised_to_what_connections_need() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     settings = Settings(max_connections=1000)

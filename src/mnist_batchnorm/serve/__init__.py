@@ -30,7 +30,7 @@ SOME = click.FloatRange(min=0.0, min_open=True)
 ANY = click.FloatRange(0.0)
 
 
-def setting(name: str, kind: click.ParamType[Any], metavar: str, says: str) -> Callable[[F], F]:
+def setting(name: str, kind: "click.ParamType[Any]", metavar: str, says: str) -> Callable[[F], F]:
     """Make an option of the setting with this name."""
     default = getattr(Settings, name.replace("-", "_"))
     return click.option(

@@ -74,7 +74,7 @@ class App:
 
     Attributes:
         by_target: the target of a request for inference, as HTTP has it -> what it asks.
-        ready: connections with a request that is all here, unanswered.
+        ready: connections whose request is all here and has a task that has not answered it yet.
         calls: over gRPC that are not answered yet.
         room: for bodies.
         process: which the ids that it gives to requests begin with.
@@ -141,7 +141,7 @@ class App:
             self.metrics.rejected("gone", model)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is logged
             refusal = self._explain(error, model)
-            error.__traceback__ = None  # its frames would keep the body while the rest is read
+            forget_frames(error)
             await self._refuse(refusal, model, head, receive, send)
 
     def takes(self, head: dict[bytes, bytes], version: str) -> bool:
@@ -156,26 +156,29 @@ class App:
             size = length_of(head, b"content-length")
         except RequestError:
             return False
-        if size is None or size > self.settings.max_body or self.crowded:
+        if size is None or size > self.settings.max_body:
             return False
         return self._token is None or has_token(head, self._token)
 
     def answer(self, request: "Direct") -> Answer:
         """Answer a request that the server takes and that is all here; its body is gone then."""
-        model, meters = request.served
         try:
-            if request.crowded:
-                raise crowd()
             body = unpacked(request.head, request.pop_body(), self.settings)
             return self._infer(request.served, request.head, body)
         except Exception as error:  # noqa: BLE001 - it is logged
-            meters.failed(perf_counter() - request.began)
-            refusal = self._explain(error, model.name)
+            refusal = self._explain(error, request.served[0].name)
+            forget_frames(error)
             refusal.unread = False
-            return self._refusal(refusal, model.name, request.head)
+            return self.turn_away(request, refusal)
+
+    def turn_away(self, request: "Direct", error: RequestError) -> Answer:
+        """Refuse a request."""
+        model, meters = request.served
+        meters.failed(perf_counter() - request.began)
+        return self._refusal(error, model.name, request.head)
 
     def gone(self, request: "Direct") -> None:
-        """Count a request whose client has hung up before it was all here."""
+        """Count a request that will never be all here; its client has hung up or been told."""
         model, meters = request.served
         meters.failed(perf_counter() - request.began)
         self.metrics.rejected("gone", model.name)
@@ -291,6 +294,11 @@ class App:
         if error.unread:
             await discard_body(receive, 4 * self.settings.max_body)
             await send({"type": "http.response.body", "body": b""})
+
+
+def forget_frames(error: BaseException) -> None:
+    """Cut off the frames that an error came through: they hold the body, and one of them it."""
+    error.__traceback__ = error.__context__ = None
 
 
 def crowd() -> RequestError:

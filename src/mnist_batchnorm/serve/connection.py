@@ -18,10 +18,11 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from mnist_batchnorm.serve.app import App
-from mnist_batchnorm.serve.body import FULL, Headers, pick
+from mnist_batchnorm.serve.app import Answer, App
+from mnist_batchnorm.serve.body import pick
 from mnist_batchnorm.serve.direct import Direct, Turn
 from mnist_batchnorm.serve.log import Sparse, log
+from mnist_batchnorm.serve.protocol import busy
 from mnist_batchnorm.serve.settings import Settings
 
 QUIET = 1.0  # seconds; a client whose connection is not idle for so long may just be asking again
@@ -87,12 +88,12 @@ class Protocol(HttpToolsProtocol):
         if self._head_since is None:
             self._under_way = cycle.more_body
             if cycle.more_body and not cycle.response_complete:
-                held = _held(cycle)
+                held = _body_size(cycle)
             else:
                 self._size = 0
         self._size += len(data)
         self._feed(data)
-        if 0 <= held < _held(cycle):
+        if 0 <= held < _body_size(cycle):
             self._size = 0
         if self._size > self.settings.max_head and not self.transport.is_closing():
             if self._head_since is not None:
@@ -187,13 +188,14 @@ class Protocol(HttpToolsProtocol):
             return None
         if self.busy or self.flow.write_paused or self.expect_100_continue:
             return None  # another answer comes before its own
-        if self.settings.origins:
-            return None  # an application around ours adds to the answer
         head = pick(self.headers)
+        if self.settings.origins and b"origin" in head:
+            return None  # an application around ours adds to the answer
         version = self.parser.get_http_version()
         if not self.app_of_server.takes(head, version):
             return None
-        return Direct(served, head, version != "1.0" and self.parser.should_keep_alive())
+        alive = version != "1.0" and self.parser.should_keep_alive()
+        return Direct(served, self.headers, head, alive)
 
     def _start_task(self) -> None:
         if not self.url.startswith(b"/"):
@@ -204,17 +206,12 @@ class Protocol(HttpToolsProtocol):
         self.headers += headers
         super().on_headers_complete()
 
-    def answer(self, request: Direct, status: int, headers: Headers, content: bytes) -> None:
-        """Answer a request, if its client is still there.
-
-        Args:
-            request: that was put into the turn.
-            status: of HTTP.
-            headers: beside those of the server.
-            content: the body.
-        """
+    def answer(self, request: Direct, answer: Answer) -> None:
+        """Answer a request, if its client is still there."""
+        self._forget(request)
         if request.disconnected or self.transport.is_closing():
             return
+        status, headers, content = answer
         parts = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *headers):
             parts += (name, b": ", value, b"\r\n")
@@ -224,6 +221,15 @@ class Protocol(HttpToolsProtocol):
         if not request.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def give_up(self, request: Direct) -> None:
+        """Hang up on a request that cannot even be refused."""
+        self._forget(request)
+        self.transport.abort()
+
+    def _forget(self, request: Direct) -> None:
+        self.app_of_server.room.give_back(request.size)
+        request.parts.clear()
 
     def make_last(self) -> None:
         """Let the answer to the newest request, if it is being answered, be the last."""
@@ -241,33 +247,41 @@ class Protocol(HttpToolsProtocol):
         cycle.parts.append(body)
         cycle.size += len(body)
         if not self.app_of_server.room.take(len(body)):
-            self._refusal = (503, FULL, "busy")
-            raise Refused
+            self._hand_over(cycle)
+
+    def _hand_over(self, request: Direct) -> None:
+        """Have a task refuse a request for whose body there is no room: it reads on for a while."""
+        self.app_of_server.room.give_back(request.size)
+        self.cycle, self.headers = None, request.headers  # type: ignore[assignment]
+        self._start_task()
+        self.headers = _Dropped()
+        super().on_body(request.pop_body())
 
     def on_message_complete(self) -> None:
         """Tell the work that the body is whole."""
         if self._declining:
             return
-        cycle, app = self.cycle, self.app_of_server
-        if not isinstance(cycle, Direct):
-            super().on_message_complete()
-        if not cycle.response_complete:
-            app.ready.add(self)
+        cycle = self.cycle
         if isinstance(cycle, Direct):
             cycle.more_body = False
-            cycle.crowded = app.crowded
             self.turn.put(self, cycle)
+            return
+        super().on_message_complete()
+        if not cycle.response_complete:
+            self.app_of_server.ready.add(self)
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or to the end."""
         last = not self.pipeline
-        if last:
-            self.app_of_server.ready.discard(self)
-            self._idle_since = self.loop.time()
+        self.app_of_server.ready.discard(self)
+        self._idle_since = self.loop.time()
         if not self.transport.is_closing():
             self.flow.resume_reading()
             if not last:
-                self._start_asgi_task(*self.pipeline.pop())
+                cycle, app = self.pipeline.pop()
+                self._start_asgi_task(cycle, app)
+                if not cycle.more_body:
+                    self.app_of_server.ready.add(self)
         if self._refused and last:
             self._hang_up()
 
@@ -300,9 +314,8 @@ class Protocol(HttpToolsProtocol):
         """Forget what is here of a request whose body will never be."""
         cycle = self.cycle
         if isinstance(cycle, Direct) and cycle.more_body and not cycle.disconnected:
-            self.app_of_server.room.give_back(cycle.size)
+            self._forget(cycle)
             self.app_of_server.gone(cycle)
-            cycle.parts.clear()
 
     def _hang_up(self) -> None:
         """Answer, and close once the client has had the time to read it.
@@ -396,13 +409,15 @@ class Protocol(HttpToolsProtocol):
     def cut(self) -> None:
         """Refuse a request that is not all here when time is up."""
         cycle = self.cycle
-        asking = self._asking or (isinstance(cycle, Direct) and cycle.more_body)
-        if asking and not self.transport.is_closing():
+        if isinstance(cycle, Direct) and cycle.more_body:
+            cycle.keep_alive = False
+            self.answer(cycle, self.app_of_server.turn_away(cycle, busy("the server stops")))
+        elif self._asking and not self.transport.is_closing():
             self._refusal = (503, "the server stops", "stops")
             self.send_400_response("")
 
 
-def _held(request: RequestResponseCycle) -> int:
+def _body_size(request: RequestResponseCycle) -> int:
     """Return how many bytes of a request's body are here."""
     return request.size if isinstance(request, Direct) else len(request.body)
 
