@@ -14,8 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.layout import MODELS, SERVED
-from mnist_batchnorm.results import PARITY
+from mnist_batchnorm.layout import MODELS, PARITY, SERVED
 from mnist_batchnorm.serve import models
 from mnist_batchnorm.serve.catalog import Catalog
 from mnist_batchnorm.serve.metrics import Metrics

@@ -29,15 +29,16 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.chmod(mode)  # safetensors puts a file of mode 0600 in this one's place
         temporary.replace(path)
-        _fsync_directory(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _fsync_directory(directory: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a directory
+def fsync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on disk; not so on Windows."""
+    if os.name != "posix":  # which cannot open a folder
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -41,6 +41,7 @@ SERVED = {**REGISTERED, "mnist-plain": "plain.onnx"}  # likewise, of what a serv
 REGISTRY = MODELS / "registry.json"  # which version is champion, and why; in git
 
 REPORTS = Path("reports")
+PARITY = REPORTS / "parity.json"  # what the gate says of the files
 PROMOTION = REPORTS / "promotion.json"
 SYNCED = REPORTS / "synced.json"
 SEEDS = REPORTS / "metrics/seeds.json"

@@ -9,6 +9,7 @@ from mnist_batchnorm.errors import UserError
 from mnist_batchnorm.layout import (
     GRAPHS,
     MODELS,
+    PARITY,
     REPORTS,
     SEED_CURVES,
     SEEDS,
@@ -101,7 +102,7 @@ def gather(variant: str, network: Network, parity: Parity) -> Outcome:
     Raises:
         UserError: A report is missing.
     """
-    # none of plain, of commits from before 2026-11-26
+    # none of plain, of commits from before 2026-11-25
     graphs = {name: one for name, one in parity.graphs.items() if GRAPHS[name].variant == variant}
     metrics = measurements(network)
     for name, graph in graphs.items():
@@ -113,7 +114,7 @@ def gather(variant: str, network: Network, parity: Parity) -> Outcome:
         REPORTS / f"confusion/{variant}.csv",
         REPORTS / "index.html",
         REPORTS / "model_card.md",
-        REPORTS / "parity.json",
+        PARITY,
     ]
     require(reports if pictures else [REPORTS / "plots"])
     return Outcome(

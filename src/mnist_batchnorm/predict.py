@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mnist_batchnorm.client import Answers, Model, Pixels, Server
 from mnist_batchnorm.dataset import SIDE, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.layout import MODELS, REPORTS, SERVED
+from mnist_batchnorm.layout import MODELS, PARITY, SERVED
 from mnist_batchnorm.serve import TOKEN, read_token
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT = "mnist-bn"
 FILES = {name: MODELS / file for name, file in SERVED.items()}
-PARITY = REPORTS / "parity.json"
 
 AT_ONCE = 100  # pictures in one pass or request
 

@@ -32,6 +32,7 @@ from mnist_batchnorm.layout import (
     CHECKPOINTS,
     GRAPHS,
     MODELS,
+    PARITY,
     REPORTS,
     SEED_CURVES,
     SEEDS,
@@ -44,8 +45,6 @@ CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_a
 SEED_CURVE_COLUMNS = ("variant", "seed", "epoch", "valid_loss", "valid_accuracy")
 CONFUSION_COLUMNS = ("actual", *map(str, range(CLASSES)), "accuracy")
 PREDICTION_COLUMNS = ("index", "actual", "predicted", "probability")
-
-PARITY = REPORTS / "parity.json"
 
 Floats = npt.NDArray[np.float64]
 
@@ -605,7 +604,7 @@ def read_results() -> Results:
     params = load_params()
     test = load_split(TEST_SPLIT)
     parity = read_parity()
-    # commits from before 2026-11-26 do not judge plain.onnx; sync reads those too
+    # commits from before 2026-11-25 do not judge plain.onnx; sync reads those too
     if missing := [name for name in GRAPHS if name not in parity.graphs]:
         raise UserError(f"{PARITY} says nothing about {', '.join(missing)}; run `dvc repro verify`")
     files = [*CHECKPOINTS.values(), *(MODELS / name for name in parity.graphs)]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import MODELS, REGISTERED
+from mnist_batchnorm.layout import MODELS, PARITY, REGISTERED
 from mnist_batchnorm.ledger import Decision, Figure, Ledger, Measured, Rule, Version
 from mnist_batchnorm.params import RegisterParams
 from mnist_batchnorm.parity.report import CHECKS
 from mnist_batchnorm.regress import GOLDENS, IMAGES, Graph, compare_with_goldens, load_fixture
-from mnist_batchnorm.results import PARITY, JudgedFile, Parity, read_record
+from mnist_batchnorm.results import JudgedFile, Parity, read_record
 
 AGAIN = "check its files out and run `mnist-bn register`"
 

@@ -14,11 +14,10 @@ from mnist_batchnorm.dataset import Split, load_split, network_input
 from mnist_batchnorm.errors import CheckFailedError, UserError
 from mnist_batchnorm.export import INPUT, OUTPUT, load_variant, provenance
 from mnist_batchnorm.files import digest, write_json, write_text
-from mnist_batchnorm.layout import CHECKPOINTS, GRAPHS, MODELS, REPORTS, TEST_SPLIT
+from mnist_batchnorm.layout import CHECKPOINTS, GRAPHS, MODELS, PARITY, REPORTS, TEST_SPLIT
 from mnist_batchnorm.model import load_checkpoint
 from mnist_batchnorm.parity import Gate, ParityReport, runtime
 
-REPORT = REPORTS / "parity.json"
 ERRORS = REPORTS / "parity/errors.csv"
 
 
@@ -143,7 +142,7 @@ def _stage() -> None:
 
     graphs = [MODELS / name for name in GRAPHS]
     content, reports = verify(graphs, CHECKPOINTS, TEST_SPLIT, load_params().export.opset)
-    write_json(REPORT, content)
+    write_json(PARITY, content)
     write_text(ERRORS, error_table(reports, content["data"]["images"]))
     for report in reports.values():
         click.echo(report.table())
@@ -156,7 +155,7 @@ def _stage() -> None:
             f"{', '.join(files)} does not compute what {weights} computes"
             for weights, files in failed.items()
         ]
-        raise CheckFailedError(f"{'; '.join(found)}; every check with its evidence is in {REPORT}")
+        raise CheckFailedError(f"{'; '.join(found)}; every check with its evidence is in {PARITY}")
 
 
 def _judge(onnx: Path, weights: Path, as_json: bool) -> None:

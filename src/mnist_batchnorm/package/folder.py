@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import digest, write_json
+from mnist_batchnorm.files import digest, fsync, write_json
 
 MANIFEST = "manifest.json"  # what marks a folder as a package, and lists it
 
@@ -36,10 +36,10 @@ def replacing_folder(directory: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
+            fsync(path)
         require_replaceable(directory, force=force)  # again: the block may have taken a while
         _swap(temporary, directory)
-        _fsync(directory.parent)
+        fsync(directory.parent)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -101,13 +101,3 @@ def _swap(new: Path, directory: Path) -> None:
         old.rename(directory)
         raise
     shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a directory
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import MODELS, REPORTS, SERVED
+from mnist_batchnorm.layout import MODELS, PARITY, SERVED
 from mnist_batchnorm.serve.settings import Limits, Settings
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def setting(name: str, kind: "click.ParamType[Any]", metavar: str, says: str) ->
 @setting("workers", click.IntRange(1, 256), "N", "Processes that share the port.")
 @click.option(
     "--parity",
-    default=REPORTS / "parity.json",
+    default=PARITY,
     show_default=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
