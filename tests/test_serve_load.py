@@ -350,7 +350,7 @@ def test_clients_that_go_leave_nothing_behind(folder: Path, say: Callable[[str],
     with running(folder=folder) as server:
         first = descriptors(server)
 
-        def go() -> None:
+        def memory_after() -> int:
             for sent in ways.values():
                 for hang_up in (reset, socket.socket.close):
                     for some in range(0, count, 50):
@@ -362,15 +362,15 @@ def test_clients_that_go_leave_nothing_behind(folder: Path, say: Callable[[str],
             until(lambda: descriptors(server) <= first + 1)  # /metrics
             until(lambda: counted(server, "mnist_bn_connections") <= 1)
             until(lambda: counted(server, "mnist_bn_queue") <= 1)
+            return server.memory()
 
-        go()
-        memory = server.memory()
-        go()
-        grown = server.memory() - memory
+        # some megabytes more or less stay with the C library, whoever was last
+        memory = max(memory_after(), memory_after())
+        grown = min(memory_after(), memory_after()) - memory
         unexpected = [line for line in server.log() if line["event"] in {"library", "failed"}]
         assert not unexpected
         say(
-            f"{2 * count * len(ways):,} clients gone in {len(ways)} places: {first} descriptors "
+            f"{8 * count * len(ways):,} clients gone in {len(ways)} places: {first} descriptors "
             f"before and after, memory {memory >> 20} MiB, {grown / 2**20:+.1f} MiB"
         )
         assert grown < TOLERATED
