@@ -460,6 +460,13 @@ WRONG = [
     foreign("null"),
     foreign(""),
     Wrong("no host", GOOD.replace(HOST, b""), 400, "Host: got none, expected one"),
+    Wrong("two hosts", GOOD.replace(HOST, HOST * 2), 400, "Host: got localhost, localhost"),
+    Wrong(
+        "two lengths of the JSON",
+        http(request(), *["Inference-Header-Content-Length: 9"] * 2),
+        400,
+        "Inference-Header-Content-Length: got 9, 9",
+    ),
     no_http("a path without slash", http(path="v2/models")),
     no_http("a space in a path", http(path="/v2/mod els")),
     no_http("bytes in a path", http(path="/v2/models/\xe9/infer")),

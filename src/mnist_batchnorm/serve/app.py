@@ -131,6 +131,7 @@ class App:
                     if self.crowded:  # others have come while this one was on its way
                         raise crowd()
                     status, headers, content = self._infer(served, head, body)
+                    del body  # the answer may take long to be sent
             except BaseException:
                 served[1].failed(perf_counter() - began)
                 raise

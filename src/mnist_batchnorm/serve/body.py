@@ -35,8 +35,13 @@ class ClientGoneError(Exception):
 
 
 def pick(headers: Headers) -> dict[bytes, bytes]:
-    """Return the headers that matter here."""
-    return {name: value for name, value in headers if name in NEEDED}
+    """Return the headers that matter here; several of a name as a list (RFC 9110, section 5.3)."""
+    picked = [field for field in headers if field[0] in NEEDED]
+    head = dict(picked)
+    if len(head) < len(picked):
+        for name in head:
+            head[name] = b", ".join(value for other, value in picked if other == name)
+    return head
 
 
 def length_of(head: dict[bytes, bytes], name: bytes) -> int | None:

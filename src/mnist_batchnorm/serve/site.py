@@ -40,7 +40,7 @@ class Site:
 
         Raises:
             RequestError: It does not say which host it is for (RFC 9112, section 3.2), or names
-                another; or it is from a page of a site that may not ask.
+                several or another; or it is from a page of a site that may not ask.
         """
         host = head.get(b"host")
         if host not in self._accepted:
@@ -53,6 +53,8 @@ class Site:
             if version == "1.1":
                 raise RequestError("Host: got none, expected one, as HTTP/1.1 has it", 400, "host")
             return
+        if b"," in host:
+            refuse("Host", host.decode("latin-1"), "one host", "host")
         if self._loopback:
             text = host.decode("latin-1")
             found = HOST.fullmatch(text)
