@@ -49,7 +49,7 @@ class Protocol(HttpToolsProtocol):
         app_of_server: the application.
         draining: whether each answer is its connection's last.
         lingering: connections whose request was refused unread.
-        turn: where short requests wait for each other.
+        turn: where requests without a task wait for each other.
         on_connection: called when there is a new one.
         full: tells of connections that are too many.
     """
@@ -229,6 +229,7 @@ class Protocol(HttpToolsProtocol):
 
     def _forget(self, request: Direct) -> None:
         self.app_of_server.room.give_back(request.size)
+        request.size = 0
         request.parts.clear()
 
     def make_last(self) -> None:
@@ -254,6 +255,7 @@ class Protocol(HttpToolsProtocol):
         self.app_of_server.room.give_back(request.size)
         self.cycle, self.headers = None, request.headers  # type: ignore[assignment]
         self._start_task()
+        self.cycle.keep_alive = request.keep_alive  # it may have become the last
         self.headers = _Dropped()
         super().on_body(request.pop_body())
 
@@ -313,7 +315,9 @@ class Protocol(HttpToolsProtocol):
     def _drop_body(self) -> None:
         """Forget what is here of a request whose body will never be."""
         cycle = self.cycle
-        if isinstance(cycle, Direct) and cycle.more_body and not cycle.disconnected:
+        if not isinstance(cycle, Direct) or not cycle.more_body:
+            return
+        if not cycle.disconnected and not cycle.response_complete:
             self._forget(cycle)
             self.app_of_server.gone(cycle)
 
@@ -409,7 +413,7 @@ class Protocol(HttpToolsProtocol):
     def cut(self) -> None:
         """Refuse a request that is not all here when time is up."""
         cycle = self.cycle
-        if isinstance(cycle, Direct) and cycle.more_body:
+        if isinstance(cycle, Direct) and cycle.more_body and not self._refused:
             cycle.keep_alive = False
             self.answer(cycle, self.app_of_server.turn_away(cycle, busy("the server stops")))
         elif self._asking and not self.transport.is_closing():
