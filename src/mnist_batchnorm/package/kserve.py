@@ -48,8 +48,8 @@ IMAGE = re.compile(
     r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?\Z"
 )
 
-# Of a replica. Measured resident memory: 90 MiB at rest, at most 866 MiB while 30 clients at once
-# sent 240 bodies of 16 to 25 MB of JSON; `--max-bodies` bounds it.
+# Of a replica. Measured resident memory: 90 MiB at rest, at most 750 MiB while 30 clients at once
+# sent 240 bodies of 16 to 24 MiB of JSON; `--max-bodies` bounds it.
 MEMORY = MappingProxyType({"request": "256Mi", "limit": "1536Mi"})
 CPU = "1"  # one worker computes on one core
 REPLICAS = MappingProxyType({"minimum": 1, "maximum": 4})
