@@ -15,6 +15,7 @@ from benchmarks.serving_wire import Dialect, Float32, RefusalError, check
 
 START_LIMIT = 60.0  # seconds until a server counts as one that does not start
 STOP_LIMIT = 15.0  # seconds that it has to end by itself
+KILL_LIMIT = 10.0  # seconds that it then has until the system has ended it
 POLL = 0.005  # seconds between two tries to reach it
 QUIET = 0.1  # seconds without work that show that a server has no request left
 SETTLE_LIMIT = 60.0
@@ -165,3 +166,6 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self._process.wait()
+        end = time.perf_counter() + KILL_LIMIT
+        while any(self.processes()) and time.perf_counter() < end:
+            time.sleep(POLL)
