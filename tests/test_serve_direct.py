@@ -112,6 +112,28 @@ def test_the_newest_of_too_many_are_refused() -> None:
     assert told == ["sent a", "refused f", "refused e", "refused d", "sent b", "sent c"]
 
 
+def test_answers_get_as_much_time_as_reading_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else under too much load most of it goes to requests that are refused."""
+    server = Server(queue=0)
+    now = 0.0
+    monkeypatch.setattr(direct, "perf_counter", lambda: now)
+    answer = server.answer
+
+    def answer_in_a_second(request: Direct, given: str | None = None) -> str:
+        nonlocal now
+        now += given is None
+        return answer(request, given)
+
+    monkeypatch.setattr(server, "answer", answer_in_a_second)
+    server.put("abcdefgh")
+    now += 5
+    server.loop.turn()
+    assert [event for event in server.events if event.startswith("sent")] == [
+        f"sent {name}" for name in "abcde"
+    ]
+    assert server.events[-3:] == ["refused h", "refused g", "refused f"]
+
+
 @pytest.mark.usefixtures("hasty")
 def test_tasks_that_wait_take_places_in_the_queue() -> None:
     server = Server(queue=2)
