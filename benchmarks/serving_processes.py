@@ -159,13 +159,15 @@ class Server:
         """End it, by force if need be."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
-        end = time.perf_counter() + STOP_LIMIT
-        while any(self.processes()) and time.perf_counter() < end:
-            time.sleep(POLL)
+        self._wait_for_end(STOP_LIMIT)
         for process, _ in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self._process.wait()
-        end = time.perf_counter() + KILL_LIMIT
+        self._wait_for_end(KILL_LIMIT)
+
+    def _wait_for_end(self, limit: float) -> None:
+        """Wait until none of its processes lives, for so many seconds at most."""
+        end = time.perf_counter() + limit
         while any(self.processes()) and time.perf_counter() < end:
             time.sleep(POLL)
