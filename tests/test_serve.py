@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from mnist_batchnorm.serve.app import TRACEPARENT
 from tests import commands
 from tests.conftest import ROOT
 from tests.serving import Server, lay, running
+from tests.test_serve_ops import counted, until
 
 TOKEN = "0123456789abcdef"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -184,23 +186,20 @@ def test_who_hangs_up_leaves_the_room_to_others(folder: Path) -> None:
     limit = 4 * MEGABYTE
     head = ASKED + b"Content-Length: %d\r\n\r\n" % limit
     with running("--max-body", f"{limit}", "--max-bodies", f"{limit}", folder=folder) as server:
+
+        def are_gone(number: int) -> bool:
+            labels = {"model": "mnist-bn", "reason": "gone"}
+            return counted(server, "mnist_bn_rejects_total", **labels) == number
+
         for number in range(1, 6):
             with socket.create_connection(server.address, 10) as connection:
                 connection.sendall(head + bytes(3 * MEGABYTE))
-            gone = f'mnist_bn_rejects_total{{model="mnist-bn",reason="gone"}} {number}.0'
-            until_said(server, gone)
+            until(partial(are_gone, number))
         with socket.create_connection(server.address, 10) as connection:
             connection.sendall(head + bytes(limit))
             answered = connection.recv(1 << 16)
 
     assert answered.startswith(b"HTTP/1.1 400")  # no JSON
-
-
-def until_said(server: Server, figure: str) -> None:
-    deadline = time.monotonic() + 30
-    while figure not in get(server, "/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("last", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
@@ -228,7 +227,7 @@ def test_who_finds_no_room_is_told_as_everybody(folder: Path) -> None:
     ):
         full = stack.enter_context(socket.create_connection(server.address, 10))
         full.sendall(head + bytes(limit - 1))
-        until_said(server, "mnist_bn_queue 1.0")
+        until(lambda: counted(server, "mnist_bn_queue") == 1)
         for _ in range(6):
             with socket.create_connection(server.address, 10) as connection:
                 connection.sendall(head + bytes(limit))
