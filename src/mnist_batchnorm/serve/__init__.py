@@ -42,12 +42,7 @@ def setting(name: str, kind: "click.ParamType[Any]", metavar: str, says: str) ->
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @setting("host", click.STRING, "ADDRESS", "Address to listen on.")
 @setting("port", click.IntRange(0, 65535), "PORT", "Port to listen on; 0: any.")
-@click.option(
-    "--grpc-port",
-    type=click.IntRange(0, 65535),
-    metavar="PORT",
-    help="Answer gRPC too, on this port; 0: any.",
-)
+@setting("grpc-port", click.IntRange(0, 65535), "PORT", "Answer gRPC too, on this port; 0: any.")
 @setting("workers", click.IntRange(1, 256), "N", "Processes that share the port.")
 @click.option(
     "--parity",

@@ -73,7 +73,7 @@ class App:
         cold: the application for everything but inference.
 
     Attributes:
-        by_target: the target of a request for inference, as HTTP has it -> what it asks.
+        by_target: the path of a request for inference, in UTF-8 -> what it asks.
         ready: connections whose request is all here and has a task that has not answered it yet.
         calls: over gRPC that are not answered yet.
         room: for bodies.
@@ -94,18 +94,17 @@ class App:
         self._ids = itertools.count()
         self._busy = Sparse("busy")
         self.process = secrets.token_hex(6)
-        self._paths: dict[str, Served] = {}
-        catalog.on_publish = self._list_paths
-        self._list_paths()
+        catalog.on_publish = self._list_targets
+        self._list_targets()
 
-    def _list_paths(self) -> None:
-        paths: dict[str, Served] = {}
+    def _list_targets(self) -> None:
+        targets: dict[bytes, Served] = {}
         for model in self.catalog:
             served = (model, self.metrics.of(model.name, model.version))
-            paths.setdefault(f"/v2/models/{model.name}/infer", served)
-            paths[f"/v2/models/{model.name}/versions/{model.version}/infer"] = served
-        self._paths = paths
-        self.by_target = {path.encode(): served for path, served in paths.items()}
+            path = f"/v2/models/{model.name}"
+            targets.setdefault(f"{path}/infer".encode(), served)
+            targets[f"{path}/versions/{model.version}/infer".encode()] = served
+        self.by_target = targets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -113,7 +112,7 @@ class App:
             return
         began = perf_counter()
         head = pick(scope["headers"])
-        served = self._paths.get(scope["path"])
+        served = self.by_target.get(scope["path"].encode())
         model = served[0].name if served else ""
         try:
             if served or not scope["path"].startswith(HEALTH):
@@ -124,12 +123,10 @@ class App:
                 await self._answer_cold(scope, head, receive, send)
                 return
             try:
-                if self.crowded:
-                    raise crowd()
+                self._check_queue()
                 with Held(self.room, receive) as held:
                     body = await read_body(head, held, self.settings)
-                    if self.crowded:  # others have come while this one was on its way
-                        raise crowd()
+                    self._check_queue()  # others may have come while this one was on its way
                     status, headers, content = self._infer(served, head, body)
                     del body  # the answer may take long to be sent
             except BaseException:
@@ -184,10 +181,9 @@ class App:
         meters.failed(perf_counter() - request.began)
         self.metrics.rejected("gone", model.name)
 
-    @property
-    def crowded(self) -> bool:
-        """Whether more requests wait than may."""
-        return len(self.ready) > self.settings.queue
+    def _check_queue(self) -> None:
+        if len(self.ready) > self.settings.queue:
+            raise crowd()
 
     def _allowed(self, path: str, head: dict[bytes, bytes]) -> bool:
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):

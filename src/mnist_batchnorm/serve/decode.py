@@ -67,20 +67,22 @@ def decode(body: bytes, json_length: int | None, limits: Limits) -> InferRequest
         RequestError: It is not a request that can be answered.
     """
     if json_length is None:
-        return _decode_known(body, limits) or _decode_json(body, limits)
+        around = _around(body) if simdjson else None
+        known = _decode_known(body, around, limits) if around else None
+        return known or _decode_json(body, around, limits)
     if json_length > len(body):
         expected = f"at most the body's {len(body)} bytes"
         refuse("Inference-Header-Content-Length", json_length, expected, "binary")
     return _decode(body, _load_small(body[:json_length]), body[json_length:], limits)
 
 
-def _decode_json(body: bytes, limits: Limits) -> InferRequest:
+def _decode_json(body: bytes, around: tuple[bytes, bytes] | None, limits: Limits) -> InferRequest:
     try:
         request = _decode(body, _load(body), b"", limits)
     except _AmbiguousError:
         request = _decode(body, _load_small(body), b"", limits)
-    if simdjson and request.id is None and not request.parameters:  # which may differ each time
-        _remember(body, request)
+    if around and request.id is None and not request.parameters:  # which may differ each time
+        _remember(around, request)
     return request
 
 
@@ -224,25 +226,25 @@ class _Form:
 _forms: dict[tuple[bytes, bytes], _Form] = {}  # by what is before and behind the numbers
 
 
-def _split(body: bytes) -> tuple[tuple[bytes, bytes], bytes] | None:
-    """Return what is before and behind the first flat list of data, and that list."""
+def _around(body: bytes) -> tuple[bytes, bytes] | None:
+    """Return what is before and behind the first flat list of data."""
     start = NUMBERS.search(body)
     if start is None:
         return None
     before, behind = start.end(), body.find(b"]", start.end()) + 1
     if not behind or before + len(body) - behind > LONGEST_FORM:
         return None
-    return (body[:before], body[behind:]), body[before:behind]
+    return body[:before], body[behind:]
 
 
-def _decode_known(body: bytes, limits: Limits) -> InferRequest | None:
-    parts = _split(body)
-    form = _forms.get(parts[0]) if parts else None
-    if not parts or not form or form.shape[0] > limits.rows or len(body) > LARGEST:
+def _decode_known(body: bytes, around: tuple[bytes, bytes], limits: Limits) -> InferRequest | None:
+    form = _forms.get(around)
+    if not form or form.shape[0] > limits.rows or len(body) > LARGEST:
         return None
     assert simdjson
+    before, behind = around
     try:
-        data = simdjson.Parser().parse(parts[1])
+        data = simdjson.Parser().parse(body[len(before) : len(body) - len(behind)])
     except (ValueError, RuntimeError):
         return None
     values = _buffer(data, prod(form.shape))
@@ -252,12 +254,9 @@ def _decode_known(body: bytes, limits: Limits) -> InferRequest | None:
     return InferRequest(images, binary=form.binary, classes=form.classes)
 
 
-def _remember(body: bytes, request: InferRequest) -> None:
+def _remember(around: tuple[bytes, bytes], request: InferRequest) -> None:
     """Remember what is around the numbers of a request, if it is clear where they are."""
-    parts = _split(body)
-    if not parts:
-        return
-    before, behind = parts[0]
+    before, behind = around
     try:
         document = _load_small(b"%b[%d]%b" % (before, PROBE, behind))
     except RequestError:
@@ -267,7 +266,7 @@ def _remember(body: bytes, request: InferRequest) -> None:
         return  # it is another list
     if len(_forms) >= MOST_FORMS:
         _forms.clear()
-    _forms[parts[0]] = _Form(tensor["shape"], tensor["datatype"], request.binary, request.classes)
+    _forms[around] = _Form(tensor["shape"], tensor["datatype"], request.binary, request.classes)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
