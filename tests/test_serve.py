@@ -138,12 +138,22 @@ def test_versions_side_by_side(folder: Path) -> None:
     assert answers == [first, first, second]
 
 
-@pytest.mark.parametrize("word", ["=models/bn.onnx", "a/b=models/bn.onnx", "a/b=models:/m/1"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "=models/bn.onnx",
+        "a/b=models/bn.onnx",
+        "a/b=models:/m/1",
+        "\udcff=models/bn.onnx",
+        "\udcff=models:/m/1",
+        "models/\udcff.onnx",
+    ],
+)
 def test_a_name_that_no_address_can_hold_is_told(folder: Path, word: str) -> None:
     status, says = start(folder, word)
 
     assert status == 2
-    assert f"{word}: got" in says
+    assert f"{word}: got".encode(errors="backslashreplace").decode() in says
 
 
 ASKED = b"POST /v2/models/mnist-bn/infer HTTP/1.1\r\nHost: localhost\r\n"

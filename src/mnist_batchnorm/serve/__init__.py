@@ -212,7 +212,8 @@ def sources_of(
         allow_unverified: serve whatever the reports say.
 
     Raises:
-        UserError: An address in MLflow's registry is none, or a model's name fits into no URL.
+        UserError: An address in MLflow's registry is none, or a model's name fits into no URL or is
+            not UTF-8.
     """
     from mnist_batchnorm.serve.catalog import FileSource
     from mnist_batchnorm.serve.registered import SCHEME, Address, RegisteredSource
@@ -235,6 +236,14 @@ def sources_of(
         path = Path(what if equals else word)
         known = name if equals else NAMES.get(path.name, path.stem)
         sources.append(FileSource(known, path, parity, allow_unverified))
+    for word, named in zip(files, sources, strict=True):
+        try:
+            named.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{word}: got the name {named.name!r}, expected one in UTF-8; NAME=FILE gives a "
+                "file another"
+            ) from None
     return sources
 
 
