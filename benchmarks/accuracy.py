@@ -17,18 +17,12 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from mnist_batchnorm.fit import (
-    DeviceSplit,
-    Epoch,
-    architecture,
-    fit,
-    make_deterministic,
-    measure,
-    resolve_device,
-)
-from mnist_batchnorm.layout import PREPARED, RAW, VARIANTS
-from mnist_batchnorm.params import Params, load_params
-from mnist_batchnorm.prepare import prepare
+from mnist_batchnorm.artifacts.curves import Epoch
+from mnist_batchnorm.core.params import Params, load_params
+from mnist_batchnorm.core.paths import PREPARED, RAW, VARIANTS
+from mnist_batchnorm.stages.prepare import prepare
+from mnist_batchnorm.training.devices import DeviceSplit, make_deterministic, resolve_device
+from mnist_batchnorm.training.loop import architecture, fit, measure
 
 Runs = dict[str, list[float]]
 

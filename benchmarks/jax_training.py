@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from mnist_batchnorm.dataset import load_split, network_input
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.fit import architecture
-from mnist_batchnorm.layout import PREPARED
+from mnist_batchnorm.artifacts.splits import load_split, network_input
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.paths import PREPARED
+from mnist_batchnorm.training.loop import architecture
 
 if TYPE_CHECKING:
     from benchmarks.training_contenders import Job, Stopwatch
-    from mnist_batchnorm.params import TrainParams
+    from mnist_batchnorm.core.params import TrainParams
 
 Arrays = dict[str, Array]
 

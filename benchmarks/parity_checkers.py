@@ -4,7 +4,7 @@
     python -m benchmarks.parity_checkers --verbose  and what each one misses or stops
 
 Run after `dvc repro`, from the repository root, with the packages of the extra `bench` (in
-`requirements.lock`, so `make setup` brings them). The bad exports are tests/parity/mutants of
+`requirements.lock`, so `make setup` brings them). The bad exports are tests.support.mutants of
 models/bn.safetensors, the honest ones tests/parity/honest.py of it and of networks trained like
 it from other seeds; real inputs are the test images.
 
@@ -47,21 +47,22 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, CompareFunc, DataLoader
 from polygraphy.logger import G_LOGGER
 from safetensors.torch import save_file
-from tests.parity.cases import INPUT, OUTPUT, Case, mlp, provenance
-from tests.parity.honest import HONEST, make_honest
-from tests.parity.mutants import mutants_of
+from tests.support.honest_exports import HONEST, make_honest
+from tests.support.mutants import mutants_of
+from tests.support.parity_cases import INPUT, OUTPUT, Case, mlp, provenance
 from torch import nn
 from torch.onnx.testing import assert_onnx_program
 from torch.onnx.verification import verify_onnx_program
 from tqdm import tqdm
 
-from mnist_batchnorm.dataset import load_split, network_input
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.fit import DeviceSplit, architecture, fit, make_deterministic
-from mnist_batchnorm.layout import CHECKPOINT, PREPARED, TEST_SPLIT
-from mnist_batchnorm.model import load_checkpoint
-from mnist_batchnorm.params import load_params
+from mnist_batchnorm.artifacts.splits import load_split, network_input
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.params import load_params
+from mnist_batchnorm.core.paths import CHECKPOINT, PREPARED, TEST_SPLIT
+from mnist_batchnorm.network.model import load_checkpoint
 from mnist_batchnorm.parity import Gate
+from mnist_batchnorm.training.devices import DeviceSplit, make_deterministic
+from mnist_batchnorm.training.loop import architecture, fit
 
 Float32 = npt.NDArray[np.float32]
 

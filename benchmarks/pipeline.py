@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mnist_batchnorm.layout import RAW
+from mnist_batchnorm.core.paths import RAW
 
 PACKAGES = ("dvc", "mlflow", "torch", "onnx", "onnxruntime", "matplotlib")
 

@@ -55,10 +55,10 @@ from benchmarks.serving_load import LoadError, find_wrk, load, write_script
 from benchmarks.serving_processes import Server, StartError, core_time, free_port
 from benchmarks.serving_table import Cell, Measured, Result, Results, disturbance, report
 from benchmarks.serving_wire import BINARY, JSON, AnswerError, Float32, check
-from mnist_batchnorm.dataset import load_split, network_input
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import write_json
-from mnist_batchnorm.layout import MODELS, TEST_SPLIT
+from mnist_batchnorm.artifacts.splits import load_split, network_input
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import write_json
+from mnist_batchnorm.core.paths import MODELS, TEST_SPLIT
 
 MODEL_FILE = MODELS / "bn.onnx"
 CACHE = Path(".bench")

@@ -31,7 +31,7 @@ from benchmarks.serving_wire import (
     OwnModels,
     SameSize,
 )
-from mnist_batchnorm.files import write_text
+from mnist_batchnorm.core.files import write_text
 
 RIVALS = Path(__file__).resolve().parent / "serving_rivals"
 PROJECT = "mnist-batchnorm"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.serving_wire import Request
-from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.core.errors import UserError
 
 
 class LoadError(Exception):

@@ -44,11 +44,11 @@ from scripts.browser import BrowserError, serving
 from tqdm import tqdm
 
 from benchmarks.pipeline import processor
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import digest
-from mnist_batchnorm.fit import describe_device, resolve_device
-from mnist_batchnorm.layout import DVC_FILE, MODELS, PARAMS_FILE, PREPARED, VARIANTS
-from mnist_batchnorm.params import load_params
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import digest
+from mnist_batchnorm.core.params import load_params
+from mnist_batchnorm.core.paths import DVC_FILE, MODELS, PARAMS_FILE, PREPARED, VARIANTS
+from mnist_batchnorm.training.devices import describe_device, resolve_device
 
 SHARE, SECONDS = 0.05, 2.0  # what tracking may cost
 LIMIT = 3600.0  # seconds until a training counts as one that hangs
@@ -70,8 +70,8 @@ cli.main()
 CREATE = """\
 import sys
 from pathlib import Path
-from mnist_batchnorm.params import load_params
-from mnist_batchnorm.store import Runs
+from mnist_batchnorm.core.params import load_params
+from mnist_batchnorm.mlflow_sync.run_store import Runs
 Runs.open(load_params().sync.experiment, Path(sys.argv[1]))
 """
 

@@ -65,12 +65,13 @@ from benchmarks.training_contenders import (
     run_plain,
     synchronize,
 )
-from mnist_batchnorm.dataset import load_split
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.fit import architecture, describe_device, resolve_device
-from mnist_batchnorm.layout import PREPARED, RAW, VARIANTS
-from mnist_batchnorm.model import Architecture
-from mnist_batchnorm.params import TrainParams, load_params
+from mnist_batchnorm.artifacts.splits import load_split
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.params import TrainParams, load_params
+from mnist_batchnorm.core.paths import PREPARED, RAW, VARIANTS
+from mnist_batchnorm.network.model import Architecture
+from mnist_batchnorm.training.devices import describe_device, resolve_device
+from mnist_batchnorm.training.loop import architecture
 
 PACKAGES = ("torch", "torchvision", "jax", "jaxlib")
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.training_contenders import plain_epoch
-from mnist_batchnorm.fit import DeviceSplit, architecture, fit, shuffled
-from mnist_batchnorm.layout import VARIANTS
-from mnist_batchnorm.params import TrainParams
+from mnist_batchnorm.core.params import TrainParams
+from mnist_batchnorm.core.paths import VARIANTS
+from mnist_batchnorm.training.devices import DeviceSplit
+from mnist_batchnorm.training.loop import architecture, fit, shuffled
 
 STEPS = 20
 # Of any weight's or statistic's difference. Most agree to 1e-13, but the gradient of a bias before

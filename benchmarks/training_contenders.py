@@ -15,20 +15,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mnist_batchnorm.dataset import load_split
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.fit import (
-    DeviceSplit,
-    Epoch,
-    architecture,
-    fit,
-    make_deterministic,
-    measure,
-    resolve_device,
-    shuffled,
-)
-from mnist_batchnorm.layout import PREPARED, RAW
-from mnist_batchnorm.params import TrainParams, load_params
+from mnist_batchnorm.artifacts.curves import Epoch
+from mnist_batchnorm.artifacts.splits import load_split
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.params import TrainParams, load_params
+from mnist_batchnorm.core.paths import PREPARED, RAW
+from mnist_batchnorm.training.devices import DeviceSplit, make_deterministic, resolve_device
+from mnist_batchnorm.training.loop import architecture, fit, measure, shuffled
 
 BOTH = "both"  # key of a time that two networks share
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from mnist_batchnorm.files import write_bytes
+from mnist_batchnorm.core.files import write_bytes
 from scripts import browser
 from scripts.browser import PATIENCE, BrowserError
 from scripts.screenshots import IMAGES, ROOT, compressed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from mnist_batchnorm.files import write_bytes
+from mnist_batchnorm.core.files import write_bytes
 from scripts import browser
 from scripts.browser import BrowserError, Window
 

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import settings
 
 from mnist_batchnorm import cli
-from mnist_batchnorm.params import Params, PrepareParams, load_params
-from mnist_batchnorm.prepare import prepare
-from tests import services, store
+from mnist_batchnorm.core.params import Params, PrepareParams, load_params
+from mnist_batchnorm.stages.prepare import prepare
+from tests.support import services, store
 
 if TYPE_CHECKING:
-    from mnist_batchnorm.model import Checkpoint
+    from mnist_batchnorm.network.model import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 SLICE = ROOT / "tests/fixtures/mnist"
@@ -184,8 +184,9 @@ def train_one_epoch(variant: str, prepared: Path, params: Params) -> "Checkpoint
     """One of the two networks after an epoch on the slice."""
     import torch
 
-    from mnist_batchnorm.fit import DeviceSplit, architecture, fit
-    from mnist_batchnorm.model import Checkpoint
+    from mnist_batchnorm.network.model import Checkpoint
+    from mnist_batchnorm.training.devices import DeviceSplit
+    from mnist_batchnorm.training.loop import architecture, fit
 
     cpu = torch.device("cpu")
     train, valid = (
@@ -218,7 +219,7 @@ def trained_plain(prepared: Path, params: Params) -> "Checkpoint":
 @pytest.fixture(scope="session")
 def weights(trained: "Checkpoint", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of `trained`."""
-    from mnist_batchnorm.model import save_checkpoint
+    from mnist_batchnorm.network.model import save_checkpoint
 
     path = tmp_path_factory.mktemp("models") / "bn.safetensors"
     save_checkpoint(path, trained)
@@ -230,7 +231,7 @@ def checkpoints(
     trained: "Checkpoint", trained_plain: "Checkpoint", tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The files of both networks by variant, in one folder."""
-    from mnist_batchnorm.model import save_checkpoint
+    from mnist_batchnorm.network.model import save_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
     paths = {variant: folder / f"{variant}.safetensors" for variant in ("bn", "plain")}
@@ -244,7 +245,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What training asks of PyTorch, taken back afterwards."""
     import torch
 
-    from mnist_batchnorm.fit import make_deterministic
+    from mnist_batchnorm.training.devices import make_deterministic
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that its end is restored too
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")

@@ -10,12 +10,12 @@ import click
 import pytest
 
 from mnist_batchnorm.cli import COMMANDS
-from mnist_batchnorm.download import FILES
-from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.params import Params
+from mnist_batchnorm.core.errors import CheckFailedError, UserError
+from mnist_batchnorm.core.params import Params
+from mnist_batchnorm.stages.download import FILES
 from tests.conftest import MnistBn
-from tests.finished import finish, write_pages
-from tests.store import make_trainable, use_settings
+from tests.support.finished import finish, write_pages
+from tests.support.store import make_trainable, use_settings
 
 HEAVY = {"torch", "mlflow", "onnx", "onnxruntime", "matplotlib", "dvc", "pandas"}
 TELL_IMPORTS = """
@@ -45,7 +45,7 @@ def imported(*arguments: str) -> set[str]:
 def test_help_imports_no_stage() -> None:
     modules = imported("--help")
     ours = {name for name in modules if name.startswith("mnist_batchnorm")}
-    assert ours == {"mnist_batchnorm", "mnist_batchnorm.cli", "mnist_batchnorm.errors"}
+    assert ours == {"mnist_batchnorm", "mnist_batchnorm.cli", "mnist_batchnorm.core.errors"}
     assert not modules & (HEAVY | {"numpy"})
 
 
@@ -161,7 +161,7 @@ def test_exit_status_tells_how_it_ended(
         if error:
             raise error
 
-    monkeypatch.setattr("mnist_batchnorm.prepare.command", command)
+    monkeypatch.setattr("mnist_batchnorm.stages.prepare.command", command)
     done = mnist_bn("prepare")
     assert (done.status, done.out, done.err) == (status, "result\n", message)
 
@@ -171,7 +171,7 @@ def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, mnist_bn: Mnis
     def command() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("mnist_batchnorm.prepare.command", command)
+    monkeypatch.setattr("mnist_batchnorm.stages.prepare.command", command)
     with pytest.raises(ZeroDivisionError):
         mnist_bn("prepare")
 

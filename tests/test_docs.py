@@ -11,7 +11,7 @@ from dvc.cli.parser import get_main_parser
 from ruamel.yaml import YAML
 
 from mnist_batchnorm.cli import COMMANDS, cli
-from mnist_batchnorm.layout import GRAPHS
+from mnist_batchnorm.core.paths import GRAPHS
 from mnist_batchnorm.parity import Check, ParityReport
 
 ROOT = Path(__file__).parent.parent

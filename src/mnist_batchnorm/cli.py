@@ -6,15 +6,14 @@ Nothing here changes what a stage computes, so no stage in ``dvc.yaml`` depends 
 import gc
 import importlib
 import sys
-from collections.abc import Callable
 
 import click
 
-from mnist_batchnorm.errors import CheckFailedError, UserError
+from mnist_batchnorm.core.exit import status_of
 
-# Command -> summary. The summaries stand here so that --help imports no stage. A command's module
-# has its name, with _ for -.
-COMMANDS = {
+# Name -> summary. The summaries are here so that --help imports no command. A command's module has
+# its name, with _ for -.
+STAGES = {  # in pipeline order
     "download": "Fetch the four MNIST files and verify their hashes.",
     "prepare": "Split the images into train, valid and test.",
     "train": "Train the networks, both at once.",
@@ -24,7 +23,9 @@ COMMANDS = {
     "verify": "Prove that ONNX Runtime computes what PyTorch computes.",
     "register": "Register the ONNX files, and make them champion if every rule allows it.",
     "report": "Draw the plots and write the HTML report and the model card.",
-    "sync": "Bring MLflow to the state of the files.",
+    "sync": "Update MLflow to match the files.",
+}
+COMMANDS = {
     "runs": "List MLflow's runs beside their commits and experiments.",
     "which": "Tell what made a model file, by its hash.",
     "serve": "Serve the proven models over the Open Inference Protocol.",
@@ -38,18 +39,19 @@ COMMANDS = {
 }
 
 
-class StageGroup(click.Group):
-    """A click group that imports ``mnist_batchnorm.<name>`` when that command is called."""
+class LazyGroup(click.Group):
+    """A click group that imports a command's module when that command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in pipeline order."""
-        return list(COMMANDS)
+        """Name the stages in pipeline order, then the other commands."""
+        return [*STAGES, *COMMANDS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command's module and return its ``command`` object."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in STAGES | COMMANDS:
             return None
-        module = importlib.import_module(f"mnist_batchnorm.{cmd_name.replace('-', '_')}")
+        package = "stages" if cmd_name in STAGES else "commands"
+        module = importlib.import_module(f"mnist_batchnorm.{package}.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         command.name = cmd_name
         return command
@@ -57,10 +59,10 @@ class StageGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands from the table above."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list((STAGES | COMMANDS).items()))
 
 
-@click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mnist-batchnorm")
 def cli() -> None:
     """Train, export and verify the batch-norm MLP.
@@ -77,28 +79,3 @@ def main() -> None:
     if sys.argv[1:2] not in (["train"], ["seeds"]):
         gc.disable()  # to the end: Python's own last collection takes half a second
     sys.exit(status_of(lambda: cli(prog_name="mnist-bn", standalone_mode=False)))
-
-
-def status_of(work: Callable[[], int | None]) -> int:
-    """Do some work; where it fails, say so in the one line that its user needs.
-
-    Returns:
-        The exit status: its own, or that of its error.
-    """
-    try:
-        return work() or 0
-    except click.ClickException as mistake:
-        mistake.show()
-        return mistake.exit_code
-    except CheckFailedError as failure:
-        click.echo(f"FAILED: {failure}", err=True)
-        return 1
-    except UserError as mistake:
-        click.echo(f"error: {mistake}", err=True)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        click.echo(f"error: {error}", err=True)
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130  # 128 + SIGINT, as shells report it

@@ -10,8 +10,8 @@ import pytest
 
 from mnist_batchnorm.package.kserve import LOCK
 from mnist_batchnorm.package.requirements import locked
-from tests.candidates import GOOD, lay, prepare_folder
 from tests.conftest import ROOT, MnistBn
+from tests.support.candidates import GOOD, lay, prepare_folder
 
 Package = Callable[..., Path]
 PARITY = Path("reports/parity.json")

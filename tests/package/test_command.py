@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm import package as tool
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import MODELS, REGISTERED, REGISTRY, SERVED
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import digest
+from mnist_batchnorm.core.paths import MODELS, REGISTERED, REGISTRY, SERVED
 from mnist_batchnorm.package.folder import MANIFEST, replacing_folder, write_manifest
 from mnist_batchnorm.package.proven import read_proven
 from mnist_batchnorm.parity import runtime
-from mnist_batchnorm.serve.decode import decode
-from mnist_batchnorm.serve.settings import Settings
+from mnist_batchnorm.serve.core.decode import decode
+from mnist_batchnorm.serve.core.settings import Settings
 from tests.conftest import MnistBn
 from tests.package.conftest import PARITY, Package, change_parity
 

@@ -26,15 +26,15 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as proto
 from tritonclient.utils import InferenceServerException
 
-from mnist_batchnorm.layout import MODELS, SERVED
+from mnist_batchnorm.core.paths import MODELS, SERVED
 from mnist_batchnorm.package.proven import read_proven
 from mnist_batchnorm.parity import runtime
-from mnist_batchnorm.serve.settings import Settings
-from tests import commands
+from mnist_batchnorm.serve.core.settings import Settings
 from tests.package.conftest import Package
 from tests.package.test_kserve import SHELL, instruction
-from tests.services import free_port
-from tests.serving import Server
+from tests.support import commands
+from tests.support.services import free_port
+from tests.support.serving import Server
 
 Float32 = npt.NDArray[np.float32]
 

@@ -18,8 +18,9 @@ from ruamel.yaml import YAML
 
 import mnist_batchnorm
 from mnist_batchnorm.cli import COMMANDS
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.layout import MODELS, SERVED
+from mnist_batchnorm.commands.serve import command as serve_command
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.paths import MODELS, SERVED
 from mnist_batchnorm.package.kserve import (
     IMAGE,
     LOCK,
@@ -30,9 +31,8 @@ from mnist_batchnorm.package.kserve import (
 )
 from mnist_batchnorm.package.requirements import closure
 from mnist_batchnorm.package.templating import fill
-from mnist_batchnorm.serve import command as serve_command
-from mnist_batchnorm.serve.settings import Settings
-from mnist_batchnorm.serve.workers import GRACE
+from mnist_batchnorm.serve.core.settings import Settings
+from mnist_batchnorm.serve.process.supervisor import GRACE
 from tests.conftest import ROOT, MnistBn
 from tests.package.conftest import PARITY, Package, change_parity
 
@@ -291,7 +291,7 @@ def test_every_download_has_a_hash(package: Package) -> None:
 def test_server_imports_just_what_is_installed() -> None:
     tell = (
         "import sys; before = {*sys.modules}; import mnist_batchnorm.cli, "
-        "mnist_batchnorm.serve.run, mnist_batchnorm.serve.workers; "
+        "mnist_batchnorm.serve.process.worker, mnist_batchnorm.serve.process.supervisor; "
         "print(*sys.modules.keys() - before)"
     )
     done = subprocess.run([sys.executable, "-c", tell], check=True, capture_output=True, text=True)

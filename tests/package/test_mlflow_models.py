@@ -9,7 +9,7 @@ import onnx
 import pytest
 from mlflow.models import Model
 
-from mnist_batchnorm.layout import MODELS, REGISTERED, SERVED
+from mnist_batchnorm.core.paths import MODELS, REGISTERED, SERVED
 from mnist_batchnorm.package.proven import read_proven
 from mnist_batchnorm.parity import runtime
 from tests.conftest import MnistBn

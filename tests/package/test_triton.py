@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2 as proto
 
-from mnist_batchnorm.dataset import load_split, network_input
-from mnist_batchnorm.errors import CheckFailedError
-from mnist_batchnorm.files import digest
-from mnist_batchnorm.layout import MODELS, REGISTERED, SERVED
+from mnist_batchnorm.artifacts.goldens import IMAGES
+from mnist_batchnorm.artifacts.splits import load_split, network_input
+from mnist_batchnorm.core.errors import CheckFailedError
+from mnist_batchnorm.core.files import digest
+from mnist_batchnorm.core.paths import MODELS, REGISTERED, SERVED
 from mnist_batchnorm.package.proven import ProvenModel
 from mnist_batchnorm.package.triton import interface, quote
-from mnist_batchnorm.regress import IMAGES
-from mnist_batchnorm.serve.settings import Settings
-from tests.candidates import ALIKE, GOOD, lay, shifted
+from mnist_batchnorm.serve.core.settings import Settings
 from tests.conftest import MnistBn
 from tests.package.conftest import Package
+from tests.support.candidates import ALIKE, GOOD, lay, shifted
 
 TYPES = {"tensor(float)": proto.TYPE_FP32}
 FLOAT32 = 4  # bytes

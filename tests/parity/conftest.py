@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from mnist_batchnorm.parity import Gate, ParityReport, invariance
-from tests.parity.cases import INPUT, OUTPUT, Case, make_case, provenance
+from tests.support.parity_cases import INPUT, OUTPUT, Case, make_case, provenance
 
 GetCase = Callable[[str, int, float], Case]  # of an architecture, seed, gain
 Judge = Callable[..., ParityReport]  # of a graph or a file's bytes, and what `Gate.check` is told

@@ -11,7 +11,7 @@ from mnist_batchnorm.parity.behaviour import check_behaviour
 from mnist_batchnorm.parity.reference import Reference
 from mnist_batchnorm.parity.report import Check
 from mnist_batchnorm.parity.runtime import Passes
-from tests.parity.networks import append, layers_of, mlp, to_onnx
+from tests.support.parity_networks import append, layers_of, mlp, to_onnx
 
 REAL = np.random.default_rng(0).normal(size=(200, 12)).astype(np.float32)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mnist_batchnorm.parity.bounds import ALARM, Signal, _PartialSums, propagate
-from tests.parity.networks import Shape, cnn, folded, layers_of, mlp, randomized
+from tests.support.parity_networks import Shape, cnn, folded, layers_of, mlp, randomized
 
 Float32 = npt.NDArray[np.float32]
 Order = Callable[[npt.NDArray[np.intp]], npt.NDArray[np.intp]]

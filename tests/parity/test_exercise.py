@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from mnist_batchnorm.parity.bounds import propagate
 from mnist_batchnorm.parity.exercise import LARGEST_INPUT, Exercise, Side, search, unreachable
 from mnist_batchnorm.parity.layers import Layer
-from tests.parity.networks import cnn, layers_of, mlp, randomized
+from tests.support.parity_networks import cnn, layers_of, mlp, randomized
 
 INF = float("inf")
 

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.export import export, strip_circumstance
-from mnist_batchnorm.files import digest
-from mnist_batchnorm.model import Architecture, Checkpoint, save_checkpoint
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import digest
+from mnist_batchnorm.network.model import Architecture, Checkpoint, save_checkpoint
+from mnist_batchnorm.network.onnx import strip_circumstance
 from mnist_batchnorm.parity import ParityReport, assert_parity, check
-from tests.parity.cases import OPSET, Case, dynamo_export
+from mnist_batchnorm.stages.export import export
 from tests.parity.conftest import Judge, judge_file
-from tests.parity.mutants.edit import change_one, nodes
+from tests.support.mutants.edit import change_one, nodes
+from tests.support.parity_cases import OPSET, Case, dynamo_export
 
 pytestmark = pytest.mark.usefixtures("few_passes")
 

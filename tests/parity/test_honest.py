@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.conftest import FEW, GetCase, judge_file
-from tests.parity.honest import HONEST, make_honest
+from tests.support.honest_exports import HONEST, make_honest
 
 # initial weights x 4 saturate layers and lose digits: where a tolerance from habit cries wolf
 GRID = [("mlp", seed, gain) for seed in range(10) for gain in (1.0, 4.0)] + [

@@ -10,7 +10,7 @@ from mnist_batchnorm.parity.invariance import SETTINGS, Setting, check_invarianc
 from mnist_batchnorm.parity.reference import Reference
 from mnist_batchnorm.parity.report import Check
 from mnist_batchnorm.parity.runtime import Passes
-from tests.parity.networks import append, cnn, folded, layers_of, mlp, to_onnx
+from tests.support.parity_networks import append, cnn, folded, layers_of, mlp, to_onnx
 
 REAL = np.random.default_rng(0).random((70, 12)).astype(np.float32)
 

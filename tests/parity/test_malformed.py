@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mnist_batchnorm.parity import Gate, ParityReport
-from tests.parity.cases import Case, dynamo_export
 from tests.parity.conftest import Judge
+from tests.support.parity_cases import Case, dynamo_export
 
 pytestmark = pytest.mark.usefixtures("few_passes")
 

@@ -15,12 +15,12 @@ import onnxruntime as ort
 import pytest
 
 from mnist_batchnorm.parity import ParityReport
-from tests.parity.cases import INPUT, NETWORKS, Case
 from tests.parity.conftest import GetCase, judge_file
-from tests.parity.mutants import FAMILIES, MUTANTS, mutants_of
-from tests.parity.mutants.edit import Array
-from tests.parity.mutants.folding import refolded, right
-from tests.parity.mutants.table import Mutant
+from tests.support.mutants import FAMILIES, MUTANTS, mutants_of
+from tests.support.mutants.edit import Array
+from tests.support.mutants.folding import refolded, right
+from tests.support.mutants.table import Mutant
+from tests.support.parity_cases import INPUT, NETWORKS, Case
 
 RIGHTLY_NAMED = 0.8  # of the mutants, at least
 SAMPLE = {family.mutants[0].name for family in FAMILIES}  # of the CNN's, in the default run

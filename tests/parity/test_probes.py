@@ -12,7 +12,7 @@ from mnist_batchnorm.parity.probes import check_probes, relative_errors
 from mnist_batchnorm.parity.reference import Reference
 from mnist_batchnorm.parity.report import LARGEST, Check
 from mnist_batchnorm.parity.runtime import LEVELS, Passes
-from tests.parity.networks import Shape, append, cnn, folded, layers_of, mlp, to_onnx
+from tests.support.parity_networks import Shape, append, cnn, folded, layers_of, mlp, to_onnx
 
 REAL = np.random.default_rng(0).random((40, 12)).astype(np.float32)
 

@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.parity.reference import Reference, broken_inputs, probe_inputs
 from mnist_batchnorm.parity.report import LARGEST
 from mnist_batchnorm.parity.runtime import RuntimeFailedError
-from tests.parity.networks import Shape, cnn, layers_of, mlp
+from tests.support.parity_networks import Shape, cnn, layers_of, mlp
 
 REAL = np.random.default_rng(0).random((20, 12)).astype(np.float32)
 BROKEN = np.where(np.arange(20)[:, None] == 7, np.float32(np.nan), REAL)

@@ -11,7 +11,7 @@ from mnist_batchnorm.parity.runtime import (
     Session,
     load,
 )
-from tests.parity.networks import append, mlp, to_onnx
+from tests.support.parity_networks import append, mlp, to_onnx
 
 INPUTS = np.random.default_rng(0).normal(size=(10, 12)).astype(np.float32)
 

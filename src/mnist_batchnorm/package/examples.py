@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mnist_batchnorm.dataset import CLASSES, SIDE
-from mnist_batchnorm.files import write_text
+from mnist_batchnorm.artifacts.splits import CLASSES, SIDE
+from mnist_batchnorm.core.files import write_text
 from mnist_batchnorm.package.proven import Proven
 from mnist_batchnorm.package.templating import fill
-from mnist_batchnorm.serve.protocol import INPUT, OUTPUT
+from mnist_batchnorm.serve.core.protocol import INPUT, OUTPUT
 
 IMAGES = 3  # in the example request
 

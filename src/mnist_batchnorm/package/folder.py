@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mnist_batchnorm.errors import UserError
-from mnist_batchnorm.files import digest, fsync, write_json
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import digest, fsync, write_json
 
 MANIFEST = "manifest.json"  # what marks a folder as a package, and lists it
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import mnist_batchnorm
-from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.files import write_bytes, write_text
+from mnist_batchnorm.core.errors import CheckFailedError, UserError
+from mnist_batchnorm.core.files import write_bytes, write_text
 from mnist_batchnorm.package.proven import Proven
 from mnist_batchnorm.package.requirements import Pin, locked
 from mnist_batchnorm.package.templating import fill

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import onnx
 
-from mnist_batchnorm.artefacts import flavor_options
-from mnist_batchnorm.errors import CheckFailedError
-from mnist_batchnorm.files import write_json
+from mnist_batchnorm.core.errors import CheckFailedError
+from mnist_batchnorm.core.files import write_json
+from mnist_batchnorm.mlflow_sync.artifacts import flavor_options
 from mnist_batchnorm.package.proven import Proven, ProvenModel
 
 EPOCH = "1970-01-01 00:00:00"  # instead of now: the same model gives the same files

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mnist_batchnorm.dataset import Split, network_input
-from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.layout import MODELS, PARITY, REGISTERED, REGISTRY, SERVED, WEIGHTS_KEY
+from mnist_batchnorm.artifacts.goldens import load_fixture
+from mnist_batchnorm.artifacts.parity_report import Parity
+from mnist_batchnorm.artifacts.reading import read_record
+from mnist_batchnorm.artifacts.splits import Split, network_input
+from mnist_batchnorm.core.errors import CheckFailedError, UserError
+from mnist_batchnorm.core.paths import MODELS, PARITY, REGISTERED, REGISTRY, SERVED, WEIGHTS_KEY
 from mnist_batchnorm.parity import runtime
-from mnist_batchnorm.regress import load_fixture
-from mnist_batchnorm.results import Parity, read_record
-from mnist_batchnorm.serve.models import SHORT, registered_version, why_not_here, why_unproven
+from mnist_batchnorm.serve.core.models import SHORT, registered_version, why_not_here, why_unproven
 
 Float32 = npt.NDArray[np.float32]
 

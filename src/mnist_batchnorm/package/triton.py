@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from mnist_batchnorm.dataset import CLASSES
-from mnist_batchnorm.errors import CheckFailedError, UserError
-from mnist_batchnorm.files import write_bytes, write_text
-from mnist_batchnorm.layout import REGISTERED
+from mnist_batchnorm.artifacts.splits import CLASSES
+from mnist_batchnorm.core.errors import CheckFailedError, UserError
+from mnist_batchnorm.core.files import write_bytes, write_text
+from mnist_batchnorm.core.paths import REGISTERED
 from mnist_batchnorm.package.proven import Proven, ProvenModel
 from mnist_batchnorm.package.templating import fill
-from mnist_batchnorm.serve.settings import Settings
+from mnist_batchnorm.serve.core.settings import Settings
 
 # ONNX's element type -> Triton's; what this project's networks take and give
 DATA_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32"}

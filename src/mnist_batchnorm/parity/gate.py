@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.parity.behaviour import check_behaviour
 from mnist_batchnorm.parity.diagnosis import Findings, diagnose
 from mnist_batchnorm.parity.graph import Chain, decode, file_problems, read_chain
@@ -228,7 +228,7 @@ def _read(path: Path) -> bytes:
 
 def _network(weights: Path, model: nn.Sequential | None) -> nn.Sequential:
     if model is None:
-        from mnist_batchnorm.model import load_checkpoint
+        from mnist_batchnorm.network.model import load_checkpoint
 
         return load_checkpoint(weights).model()
     state = _state(weights)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mnist_batchnorm.export import trace
+from mnist_batchnorm.network.onnx import trace
 from mnist_batchnorm.parity.graph import Array, Chain, Step, read_chain
 from mnist_batchnorm.parity.report import Check, one_line, verdict
 from mnist_batchnorm.parity.structure import Pair, match

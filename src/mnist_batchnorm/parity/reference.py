@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mnist_batchnorm.errors import UserError
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.threads import one_thread
 from mnist_batchnorm.parity.bounds import propagate
 from mnist_batchnorm.parity.exercise import Exercise, Side, search, unreachable
 from mnist_batchnorm.parity.layers import Layer
 from mnist_batchnorm.parity.report import finite
 from mnist_batchnorm.parity.runtime import Float32, WrongOutputError
-from mnist_batchnorm.threads import one_thread
 
 Float64 = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.integer[Any]]

@@ -1,0 +1,1 @@
+"""The files that the pipeline writes: path, schema, reader and writer of each."""

@@ -1,0 +1,1 @@
+"""MNIST: where it comes from, its IDX files, its splits."""

@@ -1,0 +1,1 @@
+"""Where a file comes from: git and DVC."""

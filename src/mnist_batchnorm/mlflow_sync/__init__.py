@@ -1,0 +1,1 @@
+"""Update MLflow to match the files."""

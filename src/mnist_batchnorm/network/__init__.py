@@ -1,0 +1,1 @@
+"""The lecture's networks, their checkpoints and their ONNX form."""

@@ -1,0 +1,1 @@
+"""The report: figures, plots, page and model card."""

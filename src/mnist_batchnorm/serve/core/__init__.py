@@ -1,0 +1,1 @@
+"""Serving without a transport: models, requests, metrics, the inference service."""

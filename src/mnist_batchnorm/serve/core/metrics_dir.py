@@ -1,0 +1,3 @@
+"""TODO."""
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client keeps what processes share

@@ -1,0 +1,1 @@
+"""The server's processes, their port and what they share."""

@@ -1,0 +1,1 @@
+"""Models from MLflow's registry, fetched by a child process."""

@@ -1,0 +1,60 @@
+"""Stage export: the trained networks to ONNX, in eval mode, with nothing but content.
+
+Two graphs of the batch-norm network: ``bn.onnx`` keeps its BatchNormalization nodes, so that anyone
+can read the frozen statistics in the file; ``bn-folded.onnx`` has them folded into the Gemm before.
+``plain.onnx`` is the network without batch norm, to compare them with.
+"""
+
+from pathlib import Path
+
+import click
+import onnx
+
+from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import write_bytes
+from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, MODELS
+from mnist_batchnorm.network.model import load_variant
+from mnist_batchnorm.network.onnx import embed_provenance, export_onnx
+
+
+def export(variant: str, weights: Path, opset: int) -> dict[str, bytes]:
+    """Export one of the two networks; the same checkpoint gives the same bytes.
+
+    Returns:
+        The bytes of each of its files in `GRAPHS`.
+
+    Raises:
+        UserError: The checkpoint cannot be read, does not say what made it, or holds the other
+            network.
+        CheckFailedError: A weight is not finite, or batch norm's statistics are missing, were
+            never updated, or are impossible.
+    """
+    checkpoint = load_variant(variant, weights)
+    if missing := {"train_sha256", "params"} - checkpoint.provenance.keys():
+        raise UserError(
+            f"{weights} does not say what made it: {', '.join(sorted(missing))} missing"
+        )
+    graphs = export_onnx(checkpoint.model(), checkpoint.architecture.widths[:1], opset)
+    files = {}
+    for name, exported in GRAPHS.items():
+        if exported.variant != variant:
+            continue
+        proto = graphs[exported.folded]
+        embed_provenance(proto, weights, checkpoint)
+        onnx.checker.check_model(proto, full_check=True)
+        files[name] = proto.SerializeToString(deterministic=True)
+    return files
+
+
+@click.command()
+def command() -> None:
+    """Export both networks to ONNX in eval mode (models/bn.onnx, bn-folded.onnx, plain.onnx)."""
+    from mnist_batchnorm.core.params import load_params
+
+    opset = load_params().export.opset
+    files: dict[str, bytes] = {}
+    for variant, weights in CHECKPOINTS.items():  # in one process: to start is most of the time
+        files |= export(variant, weights, opset)
+    for name, content in files.items():
+        write_bytes(MODELS / name, content)
+        click.echo(f"{MODELS / name}: {len(content):,} bytes")

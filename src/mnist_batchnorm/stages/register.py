@@ -1,0 +1,31 @@
+"""Stage register: the ONNX files become a version, and champion if every rule allows it.
+
+The champion is decided here, from files, and written to a file; what MLflow's model registry shows
+is a view of it.
+"""
+
+import click
+
+from mnist_batchnorm.core.errors import CheckFailedError
+from mnist_batchnorm.core.params import load_params
+from mnist_batchnorm.promotion.registration import register
+
+
+@click.command()
+@click.option(
+    "--require", is_flag=True, help="Fail unless these files are the champion afterwards."
+)
+def command(require: bool) -> None:
+    """Register models/bn.onnx and bn-folded.onnx, and make them champion if every rule allows it.
+
+    Writes models/registry.json and reports/promotion.json. Exit status: 0 judged, whatever the
+    outcome; 1 with --require, they are not the champion; 2 there is nothing to judge.
+    """
+    ledger, version = register(load_params().registration)
+    decision = version.decision
+    click.echo(f"version {version.version}: {decision.outcome}")
+    click.echo(decision.table())
+    click.echo(ledger.headline)
+    if require and decision.outcome == "refused":
+        refusals = "; ".join(f"{name}: {rule.says}" for name, rule in decision.refusals.items())
+        raise CheckFailedError(f"version {version.version} is not the champion: {refusals}")
