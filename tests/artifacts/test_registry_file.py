@@ -22,7 +22,7 @@ from mnist_batchnorm.artifacts.registry_file import (
     PromotedByOverride,
     PromotedByRules,
     RolledBack,
-    Rule,
+    RuleResult,
     locked,
 )
 from mnist_batchnorm.core.errors import UserError
@@ -30,7 +30,7 @@ from mnist_batchnorm.core.paths import REGISTERED, REGISTRY
 from tests.conftest import MnistBn
 
 WHEN = "2026-01-02T03:04:05Z"
-PROVEN = {"parity": Rule(passed=True, says="computes what it should", numbers={})}
+PROVEN = {"parity": RuleResult(passed=True, says="computes what it should", numbers={})}
 REFUSED = Decision(outcome="refused", rules=PROVEN)
 
 
@@ -65,7 +65,7 @@ def rolled_back(version: int, to: int) -> RolledBack:
 words = st.text(st.characters(codec="utf-8"), max_size=12)
 figures = st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
 rules = st.builds(
-    Rule,
+    RuleResult,
     passed=st.booleans(),
     says=words,
     numbers=st.dictionaries(
@@ -251,20 +251,27 @@ OTHER_SIDE = "<<<<<<< HEAD\n  1,\n=======\n  2,\n>>>>>>> theirs\n"
         ),
     ],
 )
-def test_broken_ledger_is_the_users_mistake(
-    project: Path, mnist_bn: MnistBn, damage: Callable[[str], str], complaint: str
+def test_broken_ledger_is_a_user_error(
+    tmp_path: Path, damage: Callable[[str], str], complaint: str
 ) -> None:
-    of(2, 1, 2).with_event(rolled_back(2, to=1)).save(REGISTRY)
-    damaged = damage(REGISTRY.read_text()).encode(errors="surrogateescape")
-    REGISTRY.write_bytes(damaged)
-    for command in (["promote", "2"], ["rollback"]):
-        done = mnist_bn(*command)
-        assert (done.status, done.out) == (2, "")
-        assert done.err.startswith("error: models/registry.json ")
-        assert complaint in done.err
-        assert "git checkout " in done.err
-        assert "Traceback" not in done.err
-    assert REGISTRY.read_bytes() == damaged
+    path = tmp_path / "registry.json"
+    of(2, 1, 2).with_event(rolled_back(2, to=1)).save(path)
+    path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="git checkout ") as refusal:
+        Ledger.load(path)
+    assert str(refusal.value).startswith(f"{path} ")
+    assert complaint in str(refusal.value)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("command", [["promote", "2"], ["rollback"]])
+def test_broken_ledger_ends_the_command_and_is_kept(mnist_bn: MnistBn, command: list[str]) -> None:
+    REGISTRY.parent.mkdir()
+    REGISTRY.write_text("[]")
+    done = mnist_bn(*command)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("error: models/registry.json is not a ledger: the file: ")
+    assert REGISTRY.read_text() == "[]"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -333,7 +340,7 @@ def test_nobodys_version_is_lost(tmp_path: Path) -> None:
 def test_ledger_that_stays_locked_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.05)
     with (
         FileLock(tmp_path / module.LOCK),
         pytest.raises(UserError, match="being changed by another process"),

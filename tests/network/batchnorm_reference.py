@@ -1,4 +1,6 @@
-"""Batch normalization written out, to be read and to hold faster code against.
+"""Batch normalization, Algorithm 1 of the paper, written out for readers; no stage runs it.
+
+test_batchnorm_reference.py compares it with `nn.BatchNorm1d`.
 
 S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
 Internal Covariate Shift", 2015, arXiv:1502.03167. A mini-batch ``x`` is ``[N, C]``: N examples (the

@@ -1,16 +1,12 @@
-"""TODO."""
+"""Learning curves: ``reports/curves/{bn,plain}.csv``."""
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass, fields
 
-from mnist_batchnorm.core.files import write_text
-
-if TYPE_CHECKING:
-    pass
+from mnist_batchnorm.artifacts.reading import read_table
+from mnist_batchnorm.core.arrays import Float64
+from mnist_batchnorm.core.files import write_csv
+from mnist_batchnorm.core.paths import REPORTS, VARIANTS
 
 
 @dataclass(frozen=True)
@@ -24,14 +20,15 @@ class Epoch:
     valid_accuracy: float
 
 
-def write_curve(path: Path, curve: "Sequence[Epoch]") -> None:
-    """Write the learning curve as CSV, one row an epoch."""
-    text = io.StringIO()
-    rows = [asdict(epoch) for epoch in curve]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+CURVES = {variant: REPORTS / f"curves/{variant}.csv" for variant in VARIANTS}
+CURVE_COLUMNS = tuple(field.name for field in fields(Epoch))
 
 
-CURVE_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+def write_curve(variant: str, curve: Sequence[Epoch]) -> None:
+    """Write a network's learning curve as CSV, one row per epoch."""
+    write_csv(CURVES[variant], CURVE_COLUMNS, [astuple(epoch) for epoch in curve])
+
+
+def read_curve(variant: str) -> dict[str, Float64]:
+    """Read a network's learning curve: float64 ``[epochs]`` for each column."""
+    return read_table(CURVES[variant], CURVE_COLUMNS, "train")

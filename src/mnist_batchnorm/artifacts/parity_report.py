@@ -1,29 +1,24 @@
-"""TODO."""
+"""``reports/parity.json`` and ``reports/parity/errors.csv``: the gate's reports on ONNX files."""
 
-from collections.abc import Iterable
+import base64
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal
 
-from pydantic import Base64Bytes, Field, model_validator
+import numpy as np
+from pydantic import Base64Bytes, Field
 
 from mnist_batchnorm.artifacts.reading import Record, read_record
+from mnist_batchnorm.artifacts.splits import Split, network_input
+from mnist_batchnorm.core.arrays import Float32
 from mnist_batchnorm.core.errors import UserError
-from mnist_batchnorm.core.files import digest
-from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, MODELS, PARITY, TEST_SPLIT
+from mnist_batchnorm.core.files import digest, write_json, write_text
+from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, MODELS, PARITY, REPORTS, TEST_SPLIT
+from mnist_batchnorm.parity.report import Check, Diagnosis, ParityReport, ParitySummary, Verdict
 
-
-class Check(Record):
-    """One check of the parity gate."""
-
-    name: str
-    status: Literal["passed", "failed", "not judged"]
-    detail: str
-
-
-class Diagnosis(Record):
-    """A mistake that would explain what the gate found."""
-
-    text: str
+ERRORS = REPORTS / "parity/errors.csv"
+HASH_DIGITS = 12  # shown of a SHA-256
 
 
 class JudgedFile(Record):
@@ -34,57 +29,17 @@ class JudgedFile(Record):
 
 
 class JudgedImages(JudgedFile):
-    """The split that the gate took its images from, and how many they are."""
+    """The split that the gate took its images from, and their number."""
 
     images: int
 
 
-class Accuracy(Record):
-    """Share of right predictions of one file, and of the network that it should be."""
-
-    onnxruntime: float | None
-    pytorch: float | None
-    float64: float | None
-
-
-class Histogram(Record):
-    """Images by their largest error, in standard deviations of its rounding error.
-
-    Attributes:
-        edges: of the bins, ascending; the last is the alarm.
-        counts: images in each bin, and last those beyond the alarm.
-    """
-
-    edges: list[float]
-    counts: list[int]
-
-    @model_validator(mode="after")
-    def _one_count_more_than_bins(self) -> Self:
-        if not 2 <= len(self.edges) == len(self.counts):
-            raise ValueError(f"{len(self.edges)} edges and {len(self.counts)} counts do not fit")
-        return self
-
-
-class ParitySummary(Record):
-    """One ONNX file's errors on the images, as docs/parity.md says; None: not measured."""
-
-    max_relative_error: float | None
-    worst_sigmas: float | None
-    alarm_sigmas: float | None
-    tolerance: float | None
-    certified: int | None
-    argmax_differences: int | None
-    undecided: int | None
-    accuracy: Accuracy | None
-    histogram: Histogram | None
-
-
 class GraphParity(Record):
-    """What the gate found about one ONNX file."""
+    """The gate's report on one ONNX file."""
 
     onnx: JudgedFile
     weights: JudgedFile
-    verdict: Literal["parity", "no parity", "unproven"]
+    verdict: Verdict
     parity: bool
     summary: ParitySummary
     diagnoses: list[Diagnosis]
@@ -92,18 +47,18 @@ class GraphParity(Record):
 
     @property
     def proven(self) -> bool:
-        """Whether neither the verdict nor any check speaks against parity."""
+        """Whether the verdict and every check confirm parity."""
         passed = [check.status == "passed" for check in self.checks]
         return self.parity and self.verdict == "parity" and bool(passed) and all(passed)
 
 
 class Goldens(Record):
-    """Images, and what each ONNX file computed from them when it passed.
+    """Images, and the outputs that each ONNX file computed from them when it passed.
 
     Attributes:
         images: uint8 ``[n, 784]`` in Base64.
-        labels: ``[n]``, the digits.
-        logits: ``[n, 10]`` of each file.
+        labels: digits, ``[n]``.
+        logits: float32 ``[n, 10]`` of each file, as the shortest decimals that restore them.
     """
 
     images: Base64Bytes
@@ -127,13 +82,13 @@ class Parity(Record):
 
     @property
     def proven(self) -> bool:
-        """Whether nothing in the file, on any level, speaks against parity."""
+        """Whether every file in the report is proven."""
         return self.parity and self.proves(self.graphs)
 
     def proves(self, files: Iterable[str]) -> bool:
-        """Whether nothing in the file speaks against these ONNX files.
+        """Whether the report proves these ONNX files.
 
-        A verdict against the whole speaks against each, unless another file's explains it.
+        A report that fails as a whole proves none, unless another file's failure explains it.
         """
         found = [self.graphs.get(file) for file in files]
         explained = self.parity or not all(graph.proven for graph in self.graphs.values())
@@ -141,13 +96,29 @@ class Parity(Record):
             explained and bool(found) and all(graph is not None and graph.proven for graph in found)
         )
 
+    def files_of(self, sha256: str) -> list[str]:
+        """Return the names of the judged ONNX files with this hash."""
+        return [name for name, graph in self.graphs.items() if graph.onnx.sha256 == sha256]
+
+
+def why_unproven(sha256: str, path: Path) -> str | None:
+    """Return why the report at ``path`` does not prove the file with this hash; None if it does."""
+    try:
+        report = read_record(path, Parity, "verify")
+    except UserError as error:
+        return str(error)
+    files = report.files_of(sha256)
+    if not files:
+        return f"{path} is about other files than the one with SHA-256 {sha256[:HASH_DIGITS]}…"
+    return None if report.proves(files) else f"{path} says: no parity"
+
 
 def read_parity() -> Parity:
-    """Read the gate's verdict and make sure that it is about the files as they are now.
+    """Read the report and check that the files that it is about are unchanged.
 
     Raises:
-        UserError: The verdict or a file that it is about is missing, the file has changed, or it
-            is none of `GRAPHS`.
+        UserError: The report or a file that it is about is missing, the file has changed, or it
+            is not in `GRAPHS`.
     """
     parity = read_record(PARITY, Parity, "verify")
     if unknown := sorted(parity.graphs.keys() - GRAPHS.keys()):
@@ -164,7 +135,60 @@ def read_parity() -> Parity:
             raise UserError(f"no {file}; run `dvc repro {stage}` first")
         if (actual := digest(file)) != then.sha256:
             raise UserError(
-                f"{PARITY} is about a {file} with SHA-256 {then.sha256[:12]}…, but the file is "
-                f"{actual[:12]}…; run `dvc repro verify`"
+                f"{PARITY} is about a {file} with SHA-256 {then.sha256[:HASH_DIGITS]}…, but the "
+                f"file is {actual[:HASH_DIGITS]}…; run `dvc repro verify`"
             )
     return parity
+
+
+def goldens_of(split: Split, models: Mapping[str, Callable[[Float32], Any]]) -> dict[str, Any]:
+    """Return `Goldens` as JSON content: the split's first image of each digit.
+
+    Args:
+        split: real images.
+        models: of each file that has passed, its function from images, float32 ``[n, 784]``, to
+            logits, float32 ``[n, 10]``.
+    """
+    _, first = np.unique(split.labels, return_index=True)
+    images = split.images[first]
+    inputs = network_input(images)
+    return {
+        "images": base64.b64encode(images.tobytes()).decode(),
+        "labels": split.labels[first].tolist(),
+        "logits": {
+            name: [[float(str(value)) for value in row] for row in run(inputs)]
+            for name, run in models.items()
+        },
+    }
+
+
+def write_parity(
+    reports: Mapping[str, ParityReport], data: JudgedImages, goldens: Mapping[str, Any]
+) -> None:
+    """Write ``reports/parity.json``, see docs/parity.md, and ``reports/parity/errors.csv``.
+
+    Args:
+        reports: the gate's report on each ONNX file by name.
+        data: the split that all were judged by.
+        goldens: `goldens_of` the files that passed.
+    """
+    content = {
+        "schema": 1,
+        "parity": all(report.parity for report in reports.values()),
+        "data": data.model_dump(),
+        "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch")},
+        "goldens": goldens,
+        "graphs": {name: report.to_json() for name, report in reports.items()},
+    }
+    write_json(PARITY, content)
+    write_text(ERRORS, error_table(reports, data.images))
+
+
+def error_table(reports: Mapping[str, ParityReport], images: int) -> str:
+    """Return the CSV of each image's largest relative error in each file; empty: not measured."""
+    columns = [
+        [""] * images if report.errors is None else [f"{error:.3e}" for error in report.errors]
+        for report in reports.values()
+    ]
+    rows = [["image", *reports], *zip(map(str, range(images)), *columns, strict=True)]
+    return "\n".join(map(",".join, rows)) + "\n"

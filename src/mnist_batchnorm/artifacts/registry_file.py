@@ -1,65 +1,51 @@
-"""The registry as a file: every version of the models, and what made which of them champion.
+"""The registry, ``models/registry.json``: all versions of the models, and who made which champion.
 
-``models/registry.json`` lies in git. It is state, no output of a stage: what follows from the files
-of one run cannot say which version was champion before, or that somebody rolled it back. Nothing
-that the rules write holds a time or a user, so the same inputs give the same bytes.
+The file is in git and is not an output of a stage: the files of one run do not determine which
+version was champion before, or whether someone rolled it back. What the rules write contains
+neither time nor user, so the same inputs give the same bytes.
 """
 
 import contextlib
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from filelock import FileLock, Timeout
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from mnist_batchnorm.artifacts.reading import StrictRecord, first_problem
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.files import fingerprint, write_text
-from mnist_batchnorm.core.paths import REGISTERED
+from mnist_batchnorm.core.paths import REGISTERED, REGISTRY
 
-LOCK = ".registry.lock"  # beside the ledger; git ignores it
-LOCK_TIMEOUT = 60.0  # seconds; it is held for the reading and writing of two small files
-WIDTH = 100  # of a line of a table
+LOCK = ".registry.lock"  # beside the registry, ignored by git
+LOCK_TIMEOUT_S = 60.0  # it is held while two small files are read and written
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Utc = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Number = Annotated[int, Field(ge=1)]
-Position = Annotated[int, Field(ge=0)]  # of a test image in MNIST's file
+VersionNumber = Annotated[int, Field(ge=1)]
+TestImageIndex = Annotated[int, Field(ge=0)]  # position in MNIST's test file
 Figure = int | float
 
 
-class Entry(BaseModel):
-    """A part of the ledger: unknown keys and lossy conversions are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Hashes(Entry):
-    """What identifies a file: SHA-256, and the MD5 under which DVC's cache has it."""
+class Hashes(StrictRecord):
+    """A file's SHA-256, and the MD5 that is its key in DVC's cache."""
 
     sha256: Sha256
     md5: Md5
 
 
-class Rule(Entry):
-    """What one rule found.
+class RuleResult(StrictRecord):
+    """The result of one rule.
 
     Attributes:
-        passed: whether it allows the version to become champion.
-        says: why, a sentence with the numbers.
-        numbers: the numbers themselves, those of one file under its registered name.
+        passed: whether the rule allows the version to become champion.
+        says: the reason, a sentence with the numbers.
+        numbers: the numbers themselves; those of one file under its registered name.
     """
 
     passed: bool
@@ -67,111 +53,92 @@ class Rule(Entry):
     numbers: dict[str, Figure | str | dict[str, Figure]]
 
 
-class Decision(Entry):
-    """What became of a version when the rules last judged it.
+class Decision(StrictRecord):
+    """The last decision about a version.
 
     Attributes:
         outcome: ``promoted``: champion by the rules; ``refused``: not champion; ``kept``: champion
             although a rule refuses it.
-        rules: each rule's finding, by its name.
+        rules: result of each rule by its name.
     """
 
     outcome: Literal["promoted", "refused", "kept"]
-    rules: dict[str, Rule]
+    rules: dict[str, RuleResult]
 
     @property
-    def refusals(self) -> dict[str, Rule]:
-        """The rules that refuse."""
-        return {name: rule for name, rule in self.rules.items() if not rule.passed}
+    def refusals(self) -> dict[str, RuleResult]:
+        """The results of the rules that refuse."""
+        return {name: result for name, result in self.rules.items() if not result.passed}
 
-    def table(self) -> str:
-        """Return the findings for people, a line a rule."""
-        lines = []
-        for name, rule in self.rules.items():
-            head = f"  {'ok' if rule.passed else 'REFUSED':<7}  {name:<9}  "
-            indent = " " * len(head)
-            lines.append(
-                textwrap.fill(
-                    rule.says,
-                    WIDTH,
-                    initial_indent=head,
-                    subsequent_indent=indent,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
-        return "\n".join(lines)
+    def describe_refusals(self) -> str:
+        """Return the refusing rules and their reasons on one line."""
+        return "; ".join(f"{name}: {result.says}" for name, result in self.refusals.items())
 
 
-class Measured(Entry):
-    """The files of one network, and which test images each gets wrong.
+class Measured(StrictRecord):
+    """The files of one network, and the test images that each misclassifies.
 
     Attributes:
         weights_sha256: of the checkpoint.
-        test_sha256: of the test images.
-        test_images: how many they are.
+        test_sha256: of the test split.
+        test_images: number of test images.
         files: the ONNX files by registered name.
-        errors: the images that each gets wrong, by their position in MNIST's test file.
+        errors: ascending positions of the misclassified images, by registered name.
     """
 
     weights_sha256: Sha256
     test_sha256: Sha256
     test_images: Annotated[int, Field(ge=1)]
     files: dict[str, Hashes]
-    errors: dict[str, tuple[Position, ...]]
+    errors: dict[str, tuple[TestImageIndex, ...]]
 
     @model_validator(mode="after")
-    def _of_every_name(self) -> Self:
-        for held in (self.files, self.errors):
-            if held.keys() != REGISTERED.keys():
-                raise ValueError(f"is about {', '.join(held)}, not {', '.join(REGISTERED)}")
+    def _check_names_and_errors(self) -> Self:
+        for by_name in (self.files, self.errors):
+            if by_name.keys() != REGISTERED.keys():
+                raise ValueError(f"is about {', '.join(by_name)}, not {', '.join(REGISTERED)}")
         for errors in self.errors.values():
             if list(errors) != sorted(set(errors)) or len(errors) > self.test_images:
                 raise ValueError("errors are not the ascending positions of some test images")
         return self
 
     def accuracy(self, name: str) -> float:
-        """Return the share of the test images that a file gets right."""
+        """Return a file's accuracy on the test images, 0 to 1."""
         return (self.test_images - len(self.errors[name])) / self.test_images
 
 
 class Version(Measured):
-    """Two files that were registered together.
+    """Two files that were registered together, and the last decision about them."""
 
-    Attributes:
-        version: its number, 1 and up.
-        decision: what the rules last said about it.
-    """
-
-    version: Number
+    version: VersionNumber
     decision: Decision
 
 
-class PromotedByRules(Entry):
-    """Every rule allowed it; says nothing that the inputs do not determine."""
+class PromotedByRules(StrictRecord):
+    """Every rule allowed it."""
 
     event: Literal["promoted"] = "promoted"
-    version: Number
+    version: VersionNumber
     by: Literal["rules"] = "rules"
 
 
-class PromotedByOverride(Entry):
-    """Somebody wanted it whatever the rules say."""
+class PromotedByOverride(StrictRecord):
+    """A person promoted it against the rules."""
 
     event: Literal["promoted"] = "promoted"
-    version: Number
+    version: VersionNumber
     by: Literal["override"] = "override"
     who: NonEmpty
     when: Utc
     why: NonEmpty
 
 
-class RolledBack(Entry):
-    """Somebody put the champion before it back; ``why`` is None where no reason was given."""
+class RolledBack(StrictRecord):
+    """A person restored the previous champion; ``why`` is None if no reason was given."""
 
     event: Literal["rolled back"] = "rolled back"
-    version: Number
-    to: Number
+    version: VersionNumber
+    to: VersionNumber
     who: NonEmpty
     when: Utc
     why: NonEmpty | None
@@ -181,11 +148,11 @@ Promotion = Annotated[PromotedByRules | PromotedByOverride, Field(discriminator=
 Event = Annotated[Promotion | RolledBack, Field(discriminator="event")]
 
 
-class Ledger(Entry):
-    """All versions, and all events in their order.
+class Ledger(StrictRecord):
+    """All versions, and all events in order; immutable.
 
-    The champion is not written down: a promotion puts a version on top of a pile, a rollback takes
-    the top off, and the champion is the top. So a second rollback goes further back.
+    The champion follows from the events: a promotion pushes a version on a stack, a rollback pops
+    it, and the top is the champion. So a second rollback goes further back.
     """
 
     format: Literal[1] = Field(1, alias="schema")
@@ -193,18 +160,18 @@ class Ledger(Entry):
     events: tuple[Event, ...] = ()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if [v.version for v in self.versions] != list(range(1, len(self.versions) + 1)):
             raise ValueError("the versions are not numbered 1, 2, 3, ...")
         for version in self.versions:
             if self.find(version.files) is not version:
                 raise ValueError(f"version {version.version} is of the same files as another")
-        self._pile()
-        self._parity_of_champions()
+        self._champion_stack()
+        self._check_parity_of_champions()
         return self
 
-    def _parity_of_champions(self) -> None:
-        """Refuse what only an editor could have written: a champion without the gate's word."""
+    def _check_parity_of_champions(self) -> None:
+        # neither the stage nor the commands write a champion without the gate's verdict
         for number in {event.version for event in self.events}:
             if "parity" not in self.versions[number - 1].decision.rules:
                 raise ValueError(f"version {number} was promoted, but its parity was never judged")
@@ -216,64 +183,64 @@ class Ledger(Entry):
         ):
             raise ValueError(f"version {champion.version} is champion, but has no parity")
 
-    def _pile(self) -> list[int]:
-        pile: list[int] = []
+    def _champion_stack(self) -> list[int]:
+        stack: list[int] = []
         for event in self.events:
             if event.version > len(self.versions):
                 raise ValueError(f"version {event.version} was {event.event}, but there is none")
             if isinstance(event, RolledBack):
-                if pile[-2:] != [event.to, event.version]:
+                if stack[-2:] != [event.to, event.version]:
                     raise ValueError(
                         f"version {event.version} was rolled back to {event.to}, but these were "
                         "not the champion and the one before it"
                     )
-                pile.pop()
-            elif pile[-1:] != [event.version]:
-                pile.append(event.version)
-        return pile
+                stack.pop()
+            elif stack[-1:] != [event.version]:
+                stack.append(event.version)
+        return stack
 
     @property
     def champion(self) -> Version | None:
         """The version to serve; None before the first promotion."""
-        pile = self._pile()
-        return self.versions[pile[-1] - 1] if pile else None
+        stack = self._champion_stack()
+        return self.versions[stack[-1] - 1] if stack else None
 
     @property
     def headline(self) -> str:
-        """Which version is champion, for people."""
+        """A line that names the champion."""
         return f"champion: version {self.champion.version}" if self.champion else "no champion yet"
 
     @property
     def previous_champions(self) -> tuple[Version, ...]:
-        """The versions that rollbacks would put back, the next one first."""
-        return tuple(self.versions[number - 1] for number in reversed(self._pile()[:-1]))
+        """The versions that rollbacks would restore, the next one first."""
+        return tuple(self.versions[number - 1] for number in reversed(self._champion_stack()[:-1]))
 
     def find(self, files: Mapping[str, Hashes]) -> Version | None:
-        """Return the version that consists of these files, if there is one."""
+        """Return the version with exactly these files, if any."""
         return next((version for version in self.versions if version.files == files), None)
 
-    def marks(self) -> list[str]:
-        """Return a hash of the history after each event: equal marks are equal histories."""
-        marks, last = [], ""
+    def history_hashes(self) -> list[str]:
+        """Return a hash of the history up to each event: equal hashes, equal histories."""
+        hashes, last = [], ""
         for event in self.events:
             files = self.versions[event.version - 1].model_dump(include={"files"})
             last = fingerprint({"before": last, "event": event.model_dump(), **files})
-            marks.append(last)
-        return marks
+            hashes.append(last)
+        return hashes
 
     def was_rolled_back(self, number: int) -> bool:
-        """Tell whether anybody has ever rolled this version back."""
+        """Whether a version was ever rolled back."""
         return any(isinstance(e, RolledBack) and e.version == number for e in self.events)
 
     def number_of(self, files: Mapping[str, Hashes]) -> int:
-        """Return the number that these files have, or would get."""
+        """Return the version number of files; the next free one if they are not registered."""
         known = self.find(files)
         return known.version if known else len(self.versions) + 1
 
     def with_version(self, measured: Measured, decision: Decision) -> "Ledger":
-        """Return a ledger that holds these files as they are measured and judged now.
+        """Return a ledger with these files' present measurement and decision.
 
-        Files that it knows keep their number.
+        Registered files keep their number.
         """
         number = self.number_of(measured.files)
         fields = {name: getattr(measured, name) for name in Measured.model_fields}
@@ -282,7 +249,7 @@ class Ledger(Entry):
         return Ledger(versions=versions, events=self.events)
 
     def with_event(self, event: PromotedByRules | PromotedByOverride | RolledBack) -> "Ledger":
-        """Return a ledger in which this happened last; to promote the champion changes nothing."""
+        """Return a ledger with this event appended; promoting the champion changes nothing."""
         champion = self.champion
         if not isinstance(event, RolledBack) and champion and champion.version == event.version:
             return self
@@ -290,10 +257,10 @@ class Ledger(Entry):
 
     @classmethod
     def load(cls, path: Path) -> "Ledger":
-        """Read a ledger; where there is none, it is empty.
+        """Read a ledger; a missing file is an empty one.
 
         Raises:
-            UserError: The file cannot be read, is no ledger, or contradicts itself.
+            UserError: The file cannot be read, is not a ledger, or contradicts itself.
         """
         try:
             content = path.read_bytes()
@@ -309,19 +276,17 @@ class Ledger(Entry):
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in problem["loc"]) or "the file"
-            reason = problem["msg"].removeprefix("Value error, ")
+            problem = first_problem(error).replace(": Value error, ", ": ", 1)
             raise UserError(
-                f"{path} is no ledger: {where}: {reason}; restore it with `git checkout -- {path}`"
+                f"{path} is not a ledger: {problem}; restore it with `git checkout -- {path}`"
             ) from None
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all, with each list of errors on a line, for ``git diff``."""
+        """Write it atomically, each list of errors on one line for ``git diff``."""
         content = self.model_dump(mode="json", by_alias=True)
         content["versions"] = [{"version": v.pop("version"), **v} for v in content["versions"]]
         text = json.dumps(content, indent=2, allow_nan=False)
-        # lists of numbers only: no string holds a line break, JSON escapes it
+        # matches lists of numbers only: JSON escapes line breaks in strings
         text = re.sub(
             r"\[\n([\d,\s]+)\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text
         )
@@ -330,12 +295,12 @@ class Ledger(Entry):
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep every other process from changing the ledger during the block.
+    """Hold the ledger's inter-process lock.
 
     Raises:
-        UserError: Another process has kept it for a minute.
+        UserError: Another process has held it for `LOCK_TIMEOUT_S`.
     """
-    lock = FileLock(path.with_name(LOCK), timeout=LOCK_TIMEOUT)
+    lock = FileLock(path.with_name(LOCK), timeout=LOCK_TIMEOUT_S)
     try:
         lock.acquire()
     except Timeout:
@@ -346,3 +311,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def registered_version(sha256: str) -> str | None:
+    """Return the version in ``models/registry.json`` that has a file with this hash, if any."""
+    for version in Ledger.load(REGISTRY).versions:
+        if sha256 in {file.sha256 for file in version.files.values()}:
+            return str(version.version)
+    return None

@@ -1,81 +1,19 @@
-"""TODO."""
+"""Both networks over many seeds: ``reports/metrics/seeds.json``, ``reports/curves/seeds.csv``."""
 
-import csv
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, FiniteFloat, model_validator
 
-from mnist_batchnorm.artifacts.reading import Floats, Record, read_record, read_table
+from mnist_batchnorm.artifacts.reading import Record, read_record, read_table
+from mnist_batchnorm.core.arrays import Float64
 from mnist_batchnorm.core.errors import UserError
+from mnist_batchnorm.core.files import write_csv
 from mnist_batchnorm.core.paths import SEED_CURVES, SEEDS, VARIANTS
 
-if TYPE_CHECKING:
-    from mnist_batchnorm.training.replicas import Replicas
-
-CONFIDENCE = 0.95
-
-
-def summarize(results: "dict[str, Replicas]", seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the content of ``reports/metrics/seeds.json``: figures over seeds, by network.
-
-    The interval is that of the mean of the paired differences, by Student's t: the two networks
-    share their seeds, and so their initial linear layers and their batches.
-    """
-    accuracy = {variant: np.array(results[variant].test_accuracy) for variant in VARIANTS}
-    gain = accuracy["bn"] - accuracy["plain"]
-    return {
-        "seeds": len(seeds),
-        "device": results["bn"].device,
-        **{
-            variant: {
-                "test_accuracy": moments(accuracy[variant]),
-                "test_loss": moments(np.array(results[variant].test_loss)),
-            }
-            for variant in VARIANTS
-        },
-        "bn_minus_plain": {
-            "test_accuracy": moments(gain) | {"interval_95": interval(gain)},
-        },
-    }
-
-
-def moments(values: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Return mean, sample standard deviation and the values themselves."""
-    return {
-        "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)),
-        "values": values.tolist(),
-    }
-
-
-def interval(differences: npt.NDArray[np.float64]) -> list[float]:
-    """Return the confidence interval of the mean of paired differences, by Student's t."""
-    from scipy import special  # scipy.stats takes half a second more to import
-
-    error = differences.std(ddof=1) / len(differences) ** 0.5
-    half = error * special.stdtrit(len(differences) - 1, (1 + CONFIDENCE) / 2)
-    return [float(differences.mean() - half), float(differences.mean() + half)]
-
-
-def curves(results: "dict[str, Replicas]", seeds: Sequence[int]) -> str:
-    """Return the learning curves as CSV, a row an epoch of each run."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "seed", "epoch", "valid_loss", "valid_accuracy"])
-    for variant, replicas in results.items():
-        for index, seed in enumerate(seeds):
-            for row in replicas.rows:
-                loss, accuracy = row["valid_loss"][index], row["valid_accuracy"][index]
-                writer.writerow([variant, seed, row["epoch"], loss, accuracy])
-    return text.getvalue()
-
-
-SEED_CURVE_COLUMNS = ("variant", "seed", "epoch", "valid_loss", "valid_accuracy")
+MEASURES = ("valid_loss", "valid_accuracy")
+SEED_CURVE_COLUMNS = ("variant", "seed", "epoch", *MEASURES)
 
 
 class Moments(Record):
@@ -87,13 +25,13 @@ class Moments(Record):
 
 
 class Difference(Moments):
-    """A difference over seeds, and the 95 % interval of its mean."""
+    """A difference over seeds, and the 95 % confidence interval of its mean."""
 
     interval_95: tuple[FiniteFloat, FiniteFloat]
 
 
 class SeedMeasures(Record):
-    """What one network came to on the test images."""
+    """One network on the test images, after training."""
 
     test_accuracy: Moments
     test_loss: Moments
@@ -125,38 +63,43 @@ class SeedMetrics(Record):
         return self
 
     def __getitem__(self, variant: str) -> SeedMeasures:
-        """Return what one network came to."""
         return {"bn": self.bn, "plain": self.plain}[variant]
 
     @property
     def difference(self) -> Difference:
-        """By how much batch norm is more accurate."""
+        """Test accuracy of batch norm minus that of plain."""
         return self.bn_minus_plain.test_accuracy
 
 
 @dataclass(frozen=True)
 class SeedRuns:
-    """What stage seeds found out about both networks, from seeds 0, 1, ...
-
-    Attributes:
-        metrics: after training.
-        epoch: float64 ``[epochs]``.
-        curves: for each network ``valid_loss`` and ``valid_accuracy``, float64 ``[seeds, epochs]``.
-    """
+    """The runs of both networks from seeds 0, 1, ..."""
 
     metrics: SeedMetrics
-    epoch: Floats
-    curves: dict[str, dict[str, Floats]]
+    epoch: Float64  # [epochs], from 1
+    curves: dict[str, dict[str, Float64]]  # by network and measure, [seeds, epochs]
+
+
+def write_seeds(runs: SeedRuns) -> None:
+    """Write the metrics as JSON, and the curves as CSV with one row per network, seed and epoch."""
+    runs.metrics.write(SEEDS)
+    rows = [
+        (variant, seed, int(epoch), *(curves[measure][seed, index] for measure in MEASURES))
+        for variant, curves in runs.curves.items()
+        for seed in range(runs.metrics.seeds)
+        for index, epoch in enumerate(runs.epoch)
+    ]
+    write_csv(SEED_CURVES, SEED_CURVE_COLUMNS, rows)
 
 
 def read_seeds() -> SeedRuns:
-    """Gather what stage seeds wrote.
+    """Read the files of stage seeds.
 
     Raises:
-        UserError: A file is missing or malformed, or the two are about other runs.
+        UserError: A file is missing or malformed, or the two are about different runs.
     """
     metrics = read_record(SEEDS, SeedMetrics, "seeds")
-    table = read_table(SEED_CURVES, SEED_CURVE_COLUMNS, "seeds", words={"variant": VARIANTS})
+    table = read_table(SEED_CURVES, SEED_CURVE_COLUMNS, "seeds", categories={"variant": VARIANTS})
     runs, rows = len(VARIANTS) * metrics.seeds, len(table["epoch"])
     shape = (len(VARIANTS), metrics.seeds, rows // runs)
     variant, seed, epoch = (axis.ravel() for axis in np.indices(shape))
@@ -169,10 +112,7 @@ def read_seeds() -> SeedRuns:
         metrics=metrics,
         epoch=np.arange(1.0, shape[-1] + 1),
         curves={
-            name: {
-                measure: table[measure].reshape(shape)[index]
-                for measure in ("valid_loss", "valid_accuracy")
-            }
+            name: {measure: table[measure].reshape(shape)[index] for measure in MEASURES}
             for index, name in enumerate(VARIANTS)
         },
     )

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Access control shared by the server and its clients: the bearer token and loopback addresses."""
 
 import ipaddress
 import os
@@ -6,13 +6,12 @@ from pathlib import Path
 
 from mnist_batchnorm.core.errors import UserError
 
-TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - the variable's name
-
-LONG_ENOUGH = 16  # characters of a token
+TOKEN = "MNIST_BN_TOKEN"  # noqa: S105 - of the environment
+MIN_TOKEN_LENGTH = 16  # characters
 
 
 def read_token(path: Path | None) -> str | None:
-    """Return the token that requests must bear: from a file, else from the environment.
+    """Return the bearer token, from a file or else from the environment; None if there is none.
 
     Raises:
         UserError: The file cannot be read, or the token is too short or not plain ASCII.
@@ -26,16 +25,17 @@ def read_token(path: Path | None) -> str | None:
             token, where = path.read_text(encoding="utf-8").strip(), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
-    if len(token) < LONG_ENOUGH or not token.isascii() or not token.isprintable() or " " in token:
+    visible = token.isascii() and token.isprintable() and " " not in token
+    if len(token) < MIN_TOKEN_LENGTH or not visible:
         raise UserError(
-            f"{where} holds no token: expected {LONG_ENOUGH} or more visible ASCII characters; "
-            "`openssl rand -hex 32` makes one"
+            f"{where} holds no token: expected {MIN_TOKEN_LENGTH} or more visible ASCII "
+            "characters; `openssl rand -hex 32` makes one"
         )
     return token
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is reached from this machine only."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,8 +1,8 @@
-"""The two ways a command ends other than well; ``cli.main`` turns them into exit statuses."""
+"""The two expected failures of a command; ``core.exit`` turns them into exit statuses."""
 
 import re
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # in PyTorch's message
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # names PyTorch's out-of-memory error on the CPU
 
 
 class UserError(Exception):
@@ -13,24 +13,24 @@ class UserError(Exception):
 
 
 class CheckFailedError(Exception):
-    """The check that a command exists for did not hold: exit status 1."""
+    """A check that the command performs has failed: exit status 1."""
 
 
-def as_users_mistake(error: Exception) -> Exception | None:
-    """Say in a person's words what ended the training; None for a bug."""
+def as_expected_error(error: Exception) -> UserError | CheckFailedError | None:
+    """Translate an expected failure of a training into a UserError; None if unexpected."""
     if isinstance(error, UserError | CheckFailedError):
         return error
     if isinstance(error, OSError):  # a full disk, a folder that may not be written
         return UserError(str(error))
-    # on the CPU, PyTorch's is any RuntimeError
+    # on the CPU, PyTorch raises a plain RuntimeError
     name, text = type(error).__name__, str(error)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or CPU_ALLOCATOR in text:
-        asked = re.search(
+        request = re.search(
             r"(can't|unable to|tried to) allocate .*?(bytes|iB)\b", text, re.IGNORECASE
         )
         return UserError(
             "not enough memory to train: lower train.batch_size, train.hidden or the number of "
             "seeds in params.yaml "
-            f"({asked[0] if asked else name})"
+            f"({request[0] if request else name})"
         )
     return None

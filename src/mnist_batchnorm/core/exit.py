@@ -1,4 +1,4 @@
-"""TODO."""
+"""Exit statuses, and the one line on stderr that explains a failure."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,7 @@ from mnist_batchnorm.core.errors import CheckFailedError, UserError
 
 
 def status_of(work: Callable[[], int | None]) -> int:
-    """Do some work; where it fails, say so in the one line that its user needs.
-
-    Returns:
-        The exit status: its own, or that of its error.
-    """
+    """Run `work`, print an expected failure in one line on stderr, and return the exit status."""
     try:
         return work() or 0
     except click.ClickException as mistake:

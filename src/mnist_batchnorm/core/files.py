@@ -1,14 +1,18 @@
-"""Files that are written whole or not at all, and the hashes that identify them."""
+"""Files that are written atomically, and the hashes that identify them."""
 
 import contextlib
+import csv
 import glob
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mnist_batchnorm.core.errors import UserError
 
 
 @contextlib.contextmanager
@@ -35,8 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, on disk; not so on Windows."""
-    if os.name != "posix":  # which cannot open a folder
+    """Flush a file, or the names in a folder, to disk; does nothing on Windows."""
+    if os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -46,30 +50,51 @@ def fsync(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, if it is there, and what a killed `replacing` left beside it."""
+    """Delete a file, if it exists, and the temporary files of a killed `replacing`."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
+def read_output(path: Path, stage: str) -> bytes:
+    """Read a file that a stage of the pipeline writes.
+
+    Raises:
+        UserError: It is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no {path}; run `dvc repro {stage}` first") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all."""
+    """Write ``content`` to ``path`` atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write ``content`` as UTF-8 with LF line ends, whole or not at all."""
+    """Write ``content`` atomically as UTF-8 with LF line ends."""
     write_bytes(path, content.encode())
 
 
+def write_csv(path: Path, columns: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Write a header and rows as CSV with LF line ends; floats keep all their digits."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_text(path, text.getvalue())
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON in the order given, refusing NaN and infinities."""
+    """Write ``content`` as indented JSON, keys in their order; NaN and infinities are errors."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """Return the hex digest of a file; ``md5`` gives the hash that ``dvc.lock`` shows for it."""
+    """Return the hex digest of a file; ``md5`` is the one that ``dvc.lock`` records."""
     with path.open("rb") as stream:
         return hashlib.file_digest(
             stream, lambda: hashlib.new(algorithm, usedforsecurity=False)
@@ -82,5 +107,5 @@ def hashes(paths: Sequence[Path], algorithm: str = "sha256") -> dict[str, str]:
 
 
 def fingerprint(content: Mapping[str, object]) -> str:
-    """Return one SHA-256 for what JSON can hold, whatever the order of its keys."""
+    """Return the SHA-256 of JSON content, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""``params.yaml`` as typed, frozen objects: parsed once, every impossible value refused by name."""
+"""``params.yaml`` as typed, frozen objects: every impossible value is an error that names it."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ from mnist_batchnorm.core.paths import PARAMS_FILE
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what every library takes for a size
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # every library accepts such a size
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")]
 
 
@@ -43,20 +43,20 @@ class FileHashes(Section):
 
 
 class DownloadParams(Section):
-    """Which data set."""
+    """The data set."""
 
     sha256: FileHashes
 
 
 class PrepareParams(Section):
-    """How the training images are split."""
+    """The split of the training images."""
 
     valid_size: Annotated[int, Field(ge=0)]
     seed: Seed
 
 
 class TrainParams(Section):
-    """The network, the optimizer and how long."""
+    """The network, the optimizer and the number of epochs."""
 
     seed: Seed
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
@@ -69,33 +69,33 @@ class TrainParams(Section):
     portable: bool
 
     @model_validator(mode="after")
-    def _portable_on_the_cpu(self) -> "TrainParams":
+    def _require_cpu_if_portable(self) -> "TrainParams":
         if self.portable and self.device.startswith("cuda"):
             raise ValueError("portable is for the CPU; with it, device must be cpu or auto")
         return self
 
 
 class SeedsParams(Section):
-    """How many runs the figures over seeds are from."""
+    """The number of runs of stage seeds."""
 
     count: Annotated[int, Field(ge=2, le=10_000)]
 
 
 class EvaluateParams(Section):
-    """How the test images are measured."""
+    """The evaluation on the test images."""
 
     batch_size: PositiveInt
     calibration_bins: Annotated[int, Field(gt=0, le=10_000)]  # a bin for each test image
 
 
 class ExportParams(Section):
-    """The ONNX file's form."""
+    """The ONNX files."""
 
     opset: Annotated[int, Field(ge=18, le=23)]
 
 
 class RegisterParams(Section):
-    """What a model must do to become the champion."""
+    """The requirements for a new champion."""
 
     min_accuracy: Annotated[float, Field(ge=0, le=1)]
     alpha: Annotated[float, Field(gt=0, lt=1)]
@@ -103,13 +103,13 @@ class RegisterParams(Section):
 
 
 class SyncParams(Section):
-    """Where MLflow shows the runs."""
+    """The experiment in MLflow."""
 
     experiment: Annotated[str, StringConstraints(min_length=1)]
 
 
 class Params(Section):
-    """The whole of ``params.yaml``; one section per stage that has parameters."""
+    """``params.yaml``: one section per stage that has parameters."""
 
     download: DownloadParams
     prepare: PrepareParams
@@ -117,17 +117,13 @@ class Params(Section):
     seeds: SeedsParams
     evaluate: EvaluateParams
     export: ExportParams
-    registration: Annotated[RegisterParams, Field(alias="register")]  # pydantic's classes have it
+    # `register` is an attribute of pydantic models
+    registration: Annotated[RegisterParams, Field(alias="register")]
     sync: SyncParams
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Parse and check the parameter file.
-
-    Raises:
-        UserError: The file is missing, is not YAML, or holds an unknown key, a missing key, a
-            wrong type or an impossible value; the message names every such key.
-    """
+    """Parse and check the parameter file; the UserError names every unusable key."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the pipeline's files are called and where they lie, seen from the folder of dvc.yaml."""
+"""The pipeline's files and folders, relative to the folder of dvc.yaml."""
 
 import os
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ TEST_SPLIT = SPLITS["test"]
 
 MODELS = Path("models")
 CHECKPOINTS = {variant: MODELS / f"{variant}.safetensors" for variant in VARIANTS}
-CHECKPOINT = CHECKPOINTS["bn"]  # of the network that is registered
+CHECKPOINT = CHECKPOINTS["bn"]  # of the registered network
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an ONNX file is: which of the two networks, and whether its batch norm is folded."""
+    """The network of an ONNX file, and whether its batch norm is folded."""
 
     variant: str
     folded: bool = False
@@ -34,14 +34,14 @@ GRAPHS = {  # in models/
     "plain.onnx": Exported("plain"),
 }
 
-# Registered name -> its file in models/. Both are one network, so they share every version number;
-# plain.onnx is there to be compared with, and is no candidate.
+# Registered name -> its file in models/. Both are the same network and share version numbers;
+# plain.onnx is for comparison only.
 REGISTERED = {"mnist-bn": "bn.onnx", "mnist-bn-folded": "bn-folded.onnx"}
-SERVED = {**REGISTERED, "mnist-plain": "plain.onnx"}  # likewise, of what a server answers for
-REGISTRY = MODELS / "registry.json"  # which version is champion, and why; in git
+SERVED = {**REGISTERED, "mnist-plain": "plain.onnx"}  # served model name -> its file
+REGISTRY = MODELS / "registry.json"  # the champion and all versions; in git
 
 REPORTS = Path("reports")
-PARITY = REPORTS / "parity.json"  # what the gate says of the files
+PARITY = REPORTS / "parity.json"
 PROMOTION = REPORTS / "promotion.json"
 SYNCED = REPORTS / "synced.json"
 SEEDS = REPORTS / "metrics/seeds.json"
@@ -50,13 +50,18 @@ SEED_CURVES = REPORTS / "curves/seeds.csv"
 CHECKPOINT_KEY = "mnist_batchnorm"  # in a checkpoint's metadata
 WEIGHTS_KEY = "mnist_batchnorm.weights_sha256"  # in an ONNX file's metadata_props
 
-UNFINISHED = Path(".checkpoints")  # of training runs, in the `repository`
+TRAINING_CHECKPOINTS = Path(".checkpoints")  # of unfinished trainings, in the `repository`
 
 
 def repository() -> Path:
-    """Return the folder of what outlives a working copy: MLflow's store, unfinished runs.
+    """Return the folder that outlives a working copy: MLflow's store, training checkpoints.
 
     DVC sets DVC_ROOT for its stages; for ``dvc exp run --temp`` and ``--queue`` it is the
     repository that the experiment was started from, not the temporary copy.
     """
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
+
+
+def in_workspace() -> bool:
+    """Whether the current folder is the `repository`, not DVC's copy of it for an experiment."""
+    return Path.cwd().resolve() == repository()

@@ -1,4 +1,4 @@
-"""Arithmetic that does not depend on how many cores there are."""
+"""Arithmetic that does not depend on the number of cores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread: the last bits of sums depend on how they are shared out."""
+    """Limit PyTorch to one thread: the last bits of a sum depend on how threads share it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,1 +1,1 @@
-"""MNIST: where it comes from, its IDX files, its splits."""
+"""MNIST: its IDX files (`idx`), its splits (`split`) and their summary (`summary`)."""

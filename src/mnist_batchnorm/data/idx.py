@@ -1,4 +1,4 @@
-"""TODO."""
+"""IDX files, MNIST's format."""
 
 import math
 import struct
@@ -11,35 +11,26 @@ from mnist_batchnorm.artifacts.splits import CLASSES, SIDE, Split
 from mnist_batchnorm.core.errors import UserError
 
 IMAGES_MAGIC = 0x0803  # unsigned bytes, three dimensions
-
 LABELS_MAGIC = 0x0801  # unsigned bytes, one dimension
 
 
 def parse_idx(content: bytes, magic: int, name: str) -> npt.NDArray[np.uint8]:
-    """Decode an IDX file of unsigned bytes.
+    """Decode an IDX file of unsigned bytes: uint8 ``[n, rows, columns]`` or ``[n]``.
 
     Format: LeCun, Cortes & Burges, "The MNIST database of handwritten digits" (file formats):
     a big-endian int32 magic number whose last byte is the number of dimensions, one big-endian
     int32 for each dimension, then the bytes in row-major order.
 
-    Args:
-        content: the whole uncompressed file.
-        magic: the magic number it must have, `IMAGES_MAGIC` or `LABELS_MAGIC`.
-        name: what error messages call the file.
-
-    Returns:
-        uint8, ``[n, rows, columns]`` or ``[n]``.
-
     Raises:
-        UserError: Another magic number, or a length that the dimensions do not explain.
+        UserError: The magic number is wrong, or the length does not fit the dimensions.
     """
     header = struct.Struct(f">{1 + (magic & 0xFF)}i")
     if len(content) < header.size or header.unpack_from(content)[0] != magic:
         raise UserError(f"{name} is not an IDX file with magic number {magic:#06x}")
     shape = header.unpack_from(content)[1:]
-    held = len(content) - header.size
-    if min(shape) < 0 or math.prod(shape) != held:
-        raise UserError(f"{name} says it holds {shape} bytes but holds {held}")
+    size = len(content) - header.size
+    if min(shape) < 0 or math.prod(shape) != size:
+        raise UserError(f"{name} says it holds {shape} bytes but holds {size}")
     return np.frombuffer(content, dtype=np.uint8, offset=header.size).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Train, valid and test splits."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,18 +11,10 @@ from mnist_batchnorm.core.params import PrepareParams
 def stratified_holdout(
     labels: npt.NDArray[np.uint8], size: int, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Choose ``size`` images at random with the same class proportions as the whole.
+    """Choose ``size`` of n images at random with the class proportions of all; bool ``[n]``.
 
     Each class gives its proportional share rounded down; the images still missing come from the
     classes with the largest remainders (Hamilton's method), lower digit first.
-
-    Args:
-        labels: uint8 ``[n]``.
-        size: images to hold out, 0 to n.
-        seed: of the choice.
-
-    Returns:
-        bool ``[n]``, true where held out.
     """
     counts = np.bincount(labels, minlength=CLASSES)
     quotas, remainders = np.divmod(counts * size, len(labels))
@@ -35,7 +27,7 @@ def stratified_holdout(
 
 
 def split_training_images(training: Split, test: Split, params: PrepareParams) -> dict[str, Split]:
-    """Make the three splits; ``valid_size: 0`` watches the test images, as the lecture does.
+    """Make the three splits; with ``valid_size: 0`` valid is test, as in the lecture.
 
     Raises:
         UserError: ``prepare.valid_size`` leaves no image to train on.

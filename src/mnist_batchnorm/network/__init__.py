@@ -1,1 +1,7 @@
-"""The lecture's networks, their checkpoints and their ONNX form."""
+"""The two networks of the lecture.
+
+model: architecture and checkpoints
+frozen: checks of batch norm's running statistics
+onnx: export
+evaluation: logits, loss, accuracy, calibration, confusion matrix
+"""

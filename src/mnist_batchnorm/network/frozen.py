@@ -1,4 +1,4 @@
-"""Frozen statistics: what every batch-norm layer must have before its model may ship."""
+"""Frozen statistics: checks that batch norm will compute in production what it learned."""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,11 +27,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def statistics_untouched(model: nn.Module) -> Iterator[None]:
-    """Prove that the block leaves every batch-norm buffer as it was, bit for bit.
-
-    Raises:
-        CheckFailedError: A buffer changed; the message names it.
-    """
+    """Raise a CheckFailedError if the block changes a bit of a batch-norm buffer."""
     before = statistics(model)
     yield
     after = statistics(model)
@@ -44,12 +40,12 @@ def statistics_untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    # torch.equal would call a NaN that stayed put a change, and -0.0 for 0.0 none
+    # torch.equal reports an unchanged NaN as a change, and misses 0.0 becoming -0.0
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def require_frozen(model: nn.Module) -> None:
-    """Refuse a model whose batch norm would not compute, in production, what training left.
+    """Check a model before export.
 
     Raises:
         CheckFailedError: A module is in train mode; a batch-norm layer keeps no running

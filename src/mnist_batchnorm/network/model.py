@@ -2,13 +2,14 @@
 
 import json
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mnist_batchnorm.core.errors import UserError
@@ -22,7 +23,7 @@ class Architecture:
 
     Attributes:
         widths: units of the input, each hidden layer and the output.
-        batch_norm: whether a BatchNorm1d stands between each hidden Linear and its ReLU
+        batch_norm: whether there is a BatchNorm1d between each hidden Linear and its ReLU
             (Ioffe & Szegedy 2015, section 3.2).
         bn_momentum: weight of the newest batch in the running statistics.
         bn_eps: added to the variance before the square root.
@@ -54,24 +55,19 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network as its file holds it.
+    """The content of a checkpoint file: ``state`` is the ``state_dict``, on the CPU.
 
-    Attributes:
-        architecture: enough to rebuild the module.
-        state: its ``state_dict``, on the CPU.
-        provenance: what made it: hashes of data and params, seed, device.
+    ``provenance`` has the variant, the SHA-256 of the training images, parameters and device;
+    ``sha256`` is the hash of the file it was read from, empty if it was not read from a file.
     """
 
     architecture: Architecture
     state: dict[str, Tensor]
     provenance: dict[str, Any]
+    sha256: str = field(default="", compare=False)
 
     def model(self) -> nn.Sequential:
-        """Rebuild the network on the CPU, in eval mode.
-
-        Raises:
-            UserError: The weights do not fit the architecture; the message names what differs.
-        """
+        """Rebuild the network on the CPU, in eval mode; a UserError if the weights do not fit."""
         model = self.architecture.build()
         try:
             model.load_state_dict(self.state)
@@ -98,14 +94,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: The file is missing, is not safetensors, or is not one of this project's.
     """
     try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = json.loads((stored.metadata() or {})[CHECKPOINT_KEY])
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        content = path.read_bytes()  # once, so that the hash is that of these weights
+        state = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {})[CHECKPOINT_KEY])
         architecture = _parse_architecture(metadata["architecture"])
         foreign = [n for n, t in state.items() if t.dtype not in {torch.float32, torch.int64}]
         if foreign:
             raise ValueError(f"{', '.join(foreign)} not float32")
-        return Checkpoint(architecture, state, dict(metadata.get("provenance", {})))
+        provenance = dict(metadata.get("provenance", {}))
+        return Checkpoint(architecture, state, provenance, sha256(content).hexdigest())
     except FileNotFoundError:
         raise UserError(f"no {path}; run `dvc repro train` first") from None
     except (OSError, SafetensorError) as error:
@@ -127,11 +125,7 @@ def _parse_architecture(stored: dict[str, Any]) -> Architecture:
 
 
 def load_variant(variant: str, weights: Path) -> Checkpoint:
-    """Read the checkpoint of one of the two networks.
-
-    Raises:
-        UserError: It cannot be read, or holds the other network.
-    """
+    """Read the checkpoint of one of the two networks; a UserError if it is the other's."""
     checkpoint = load_checkpoint(weights)
     if checkpoint.architecture.batch_norm != (variant == "bn"):
         holds = "with" if checkpoint.architecture.batch_norm else "without"
