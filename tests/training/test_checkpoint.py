@@ -1,4 +1,4 @@
-"""A run that was interrupted ends with the bits of one that was not; no other is ever taken up."""
+"""An interrupted run ends with the bits of an uninterrupted one; no other run resumes from it."""
 
 import errno
 import io
@@ -23,13 +23,14 @@ from mnist_batchnorm.artifacts.curves import Epoch
 from mnist_batchnorm.core import files
 from mnist_batchnorm.core.params import Params, TrainParams
 from mnist_batchnorm.core.paths import VARIANTS
-from mnist_batchnorm.training import checkpoint as resume
+from mnist_batchnorm.training import checkpoint as module
 from mnist_batchnorm.training.autograd import AutogradTrainer
-from mnist_batchnorm.training.checkpoint import Unfinished, identity, processor
+from mnist_batchnorm.training.checkpoint import TrainingCheckpoint, cache_key, processor
 from mnist_batchnorm.training.devices import DeviceSplit
 from mnist_batchnorm.training.fused import FusedTrainer
-from mnist_batchnorm.training.loop import architecture, fit, shuffled, trainer_of
-from tests.conftest import fill
+from mnist_batchnorm.training.loop import architecture, fit, make_trainer, shuffled_batches
+from tests.conftest import ROOT, fill
+from tests.support.import_closure import closure
 
 CPU = torch.device("cpu")
 KEY = "5ca1ab1e" * 8
@@ -59,7 +60,7 @@ def splits(prepared: Path) -> list[DeviceSplit]:
 
 
 @pytest.fixture(scope="module")
-def asked(params: Params) -> TrainParams:
+def hyperparameters(params: Params) -> TrainParams:
     return params.train.model_copy(update={"epochs": EPOCHS, "hidden": (8, 6)})
 
 
@@ -80,7 +81,7 @@ def nothing(*_: object) -> None:
 
 
 @pytest.fixture
-def run(splits: list[DeviceSplit], asked: TrainParams) -> Run:
+def run(splits: list[DeviceSplit], hyperparameters: TrainParams) -> Run:
     """Train from the start, or from the checkpoint in the current folder."""
 
     def run(
@@ -90,20 +91,20 @@ def run(splits: list[DeviceSplit], asked: TrainParams) -> Run:
         progress: Callable[[int], None] = nothing,
         device: torch.device = CPU,
     ) -> Ended:
-        model = network(variant, by_autograd, asked).to(device)
-        learnt, watched = (DeviceSplit(s.inputs.to(device), s.labels.to(device)) for s in splits)
-        unfinished = Unfinished(variant, KEY)
-        curve = fit(model, learnt, watched, asked, on_epoch, progress, unfinished)
+        model = network(variant, by_autograd, hyperparameters).to(device)
+        train, valid = (DeviceSplit(s.inputs.to(device), s.labels.to(device)) for s in splits)
+        checkpoint = TrainingCheckpoint(variant, KEY)
+        curve = fit(model, train, valid, hyperparameters, on_epoch, progress, checkpoint)
         assert not any(module.training for module in model.modules())
         weights = {n: t.cpu().numpy().tobytes() for n, t in model.state_dict().items()}
-        content = unfinished.path.read_bytes() if unfinished.path.is_file() else None
+        content = checkpoint.path.read_bytes() if checkpoint.path.is_file() else None
         return Ended(curve, weights, content)
 
     return run
 
 
-def network(variant: str, by_autograd: bool, asked: TrainParams) -> nn.Sequential:
-    model = architecture(variant, asked).build(asked.seed)
+def network(variant: str, by_autograd: bool, hyperparameters: TrainParams) -> nn.Sequential:
+    model = architecture(variant, hyperparameters).build(hyperparameters.seed)
     if by_autograd:
         model.register_forward_hook(nothing)
     return model
@@ -157,7 +158,7 @@ def test_run_interrupted_after_an_epoch_ends_with_the_same_bits(
     interrupt(run, variant, by_autograd, on_epoch=stop_at(epoch))
     assert "warning" not in capsys.readouterr().err
     assert run(variant, by_autograd) == expected
-    path = Unfinished(variant, KEY).path
+    path = TrainingCheckpoint(variant, KEY).path
     assert capsys.readouterr().err.endswith(f"going on after epoch {epoch}, from {path}\n")
 
 
@@ -179,7 +180,7 @@ def test_run_interrupted_in_every_epoch_and_after_each_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fast_step_and_autograd_do_not_take_up_each_others_run(
+def test_fused_step_and_autograd_do_not_resume_from_each_other(
     variant: str, run: Run, uninterrupted: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = uninterrupted(variant, True)
@@ -189,7 +190,7 @@ def test_fast_step_and_autograd_do_not_take_up_each_others_run(
 
 
 @every_training
-def test_resumed_run_tells_of_the_epochs_before(
+def test_resumed_run_reports_the_epochs_before(
     variant: str, by_autograd: bool, run: Run, uninterrupted: Run
 ) -> None:
     expected = uninterrupted(variant, by_autograd)
@@ -202,13 +203,13 @@ def test_resumed_run_tells_of_the_epochs_before(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_keeping_checkpoints_changes_nothing(
-    variant: str, run: Run, splits: list[DeviceSplit], asked: TrainParams
+def test_saving_checkpoints_does_not_change_the_training(
+    variant: str, run: Run, splits: list[DeviceSplit], hyperparameters: TrainParams
 ) -> None:
     ended = run(variant)
-    model = network(variant, False, asked)
+    model = network(variant, False, hyperparameters)
     train, valid = splits
-    assert fit(model, train, valid, asked) == ended.curve
+    assert fit(model, train, valid, hyperparameters) == ended.curve
     assert {n: t.numpy().tobytes() for n, t in model.state_dict().items()} == ended.weights
 
 
@@ -237,21 +238,22 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
 
 @every_training
 def test_state_comes_back_bit_for_bit(
-    variant: str, by_autograd: bool, splits: list[DeviceSplit], asked: TrainParams
+    variant: str, by_autograd: bool, splits: list[DeviceSplit], hyperparameters: TrainParams
 ) -> None:
     data, _ = splits
     generator, other = torch.Generator().manual_seed(3), torch.Generator()
     trainer, fresh = (
-        trainer_of([network(variant, by_autograd, asked)], data, 32, 0.01) for _ in range(2)
+        make_trainer([network(variant, by_autograd, hyperparameters)], data, 32, 0.01)
+        for _ in range(2)
     )
     assert type(trainer) is (AutogradTrainer if by_autograd else FusedTrainer)
-    trainer.run(shuffled(len(data.labels), 32, generator)[None], nothing)
+    trainer.run(shuffled_batches(len(data.labels), 32, generator)[None], nothing)
     curve = [Epoch(1, 1 / 3, 0.1 + 0.2, 5e-324, 1.0)]
-    unfinished = Unfinished(variant, KEY)
-    unfinished.keep(trainer.tensors, [generator], [asdict(row) for row in curve])
-    assert unfinished.epochs == 1
+    checkpoint = TrainingCheckpoint(variant, KEY)
+    checkpoint.save(trainer.tensors, [generator], [asdict(row) for row in curve])
+    assert checkpoint.epochs == 1
 
-    again = Unfinished(variant, KEY)
+    again = TrainingCheckpoint(variant, KEY)
     assert again.epochs == 0
     assert [Epoch(**row) for row in again.restore(fresh.tensors, [other])] == curve
     assert again.epochs == 1
@@ -261,11 +263,11 @@ def test_state_comes_back_bit_for_bit(
 
 @every_training
 def test_state_is_all_that_a_step_changes(
-    variant: str, by_autograd: bool, splits: list[DeviceSplit], asked: TrainParams
+    variant: str, by_autograd: bool, splits: list[DeviceSplit], hyperparameters: TrainParams
 ) -> None:
     data, _ = splits
-    model = network(variant, by_autograd, asked)
-    tensors = trainer_of([model], data, 32, 0.01).tensors
+    model = network(variant, by_autograd, hyperparameters)
+    tensors = make_trainer([model], data, 32, 0.01).tensors
     moments = {f"{n}.{m}" for n, _ in model.named_parameters() for m in ("exp_avg", "exp_avg_sq")}
     assert tensors.keys() >= model.state_dict().keys() | moments
     assert any(name.endswith("step") for name in tensors)
@@ -370,30 +372,30 @@ def test_checkpoint_that_cannot_be_used_is_a_warning_and_a_new_start(
     run: Run,
     uninterrupted: Run,
     splits: list[DeviceSplit],
-    asked: TrainParams,
+    hyperparameters: TrainParams,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = uninterrupted("bn")
     interrupt(run, "bn", on_epoch=stop_at(2))
-    unfinished = Unfinished("bn", KEY)
-    spoil(unfinished.path)
+    checkpoint = TrainingCheckpoint("bn", KEY)
+    spoil(checkpoint.path)
 
-    tensors = trainer_of([network("bn", False, asked)], splits[0], 32, 0.01).tensors
+    tensors = make_trainer([network("bn", False, hyperparameters)], splits[0], 32, 0.01).tensors
     generator = torch.Generator().manual_seed(3)
     before = bits(tensors), generator.get_state()
-    assert unfinished.restore(tensors, [generator]) == []
-    assert unfinished.epochs == 0
+    assert checkpoint.restore(tensors, [generator]) == []
+    assert checkpoint.epochs == 0
     assert bits(tensors) == before[0]
     assert torch.equal(generator.get_state(), before[1])
     (line,) = capsys.readouterr().err.splitlines()
-    start = f"warning: {unfinished.path} cannot be used, training starts anew: "
+    start = f"warning: {checkpoint.path} cannot be used, training starts anew: "
     assert line.startswith(start)
     assert len(line) > len(start)
 
     ended = run("bn")
     assert (ended.curve, ended.weights) == (expected.curve, expected.weights)
-    if unfinished.path.is_file():  # and so it has been replaced
+    if checkpoint.path.is_file():  # and so it has been replaced
         assert ended.checkpoint == expected.checkpoint
     assert not (folder / "pickle was loaded").exists()
 
@@ -403,22 +405,25 @@ def test_no_checkpoint_is_no_warning(run: Run, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
-def test_run_of_another_key_is_not_looked_at(
-    splits: list[DeviceSplit], asked: TrainParams, run: Run, capsys: pytest.CaptureFixture[str]
+def test_checkpoint_with_another_key_is_ignored(
+    splits: list[DeviceSplit],
+    hyperparameters: TrainParams,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     interrupt(run, "bn", on_epoch=stop_at(2))
-    tensors = trainer_of([network("bn", False, asked)], splits[0], 32, 0.01).tensors
-    other = Unfinished("bn", "0" * 64)
+    tensors = make_trainer([network("bn", False, hyperparameters)], splits[0], 32, 0.01).tensors
+    other = TrainingCheckpoint("bn", "0" * 64)
     assert other.restore(tensors, [torch.Generator()]) == []
     assert capsys.readouterr().err == ""
-    assert Unfinished("plain", KEY).path != Unfinished("bn", KEY).path != other.path
+    assert TrainingCheckpoint("plain", KEY).path != TrainingCheckpoint("bn", KEY).path != other.path
 
 
 # --- disks that are full or read-only -----------------------------------------------------------
 
 
 def epochs_kept() -> int:
-    with safe_open(Unfinished("bn", KEY).path, framework="pt") as stored:
+    with safe_open(TrainingCheckpoint("bn", KEY).path, framework="pt") as stored:
         return len(json.loads(stored.metadata()["mnist_batchnorm"])["rows"])
 
 
@@ -442,7 +447,7 @@ def test_disk_that_fills_up_costs_the_checkpoint_and_not_the_run(
         files.write_bytes(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "write_bytes", fills_up)
+        patch.setattr(module, "write_bytes", fills_up)
         ended = run("bn")
     assert (ended.curve, ended.weights) == (expected.curve, expected.weights)
     assert warnings(capsys.readouterr().err) == [
@@ -467,7 +472,7 @@ def test_disk_that_takes_a_part_keeps_the_checkpoint_before(
     assert (ended.curve, ended.weights) == (expected.curve, expected.weights)
     assert "no checkpoint of epoch 2: [Errno 27] File too large" in capsys.readouterr().err
     assert epochs_kept() == 1
-    path = Unfinished("bn", KEY).path
+    path = TrainingCheckpoint("bn", KEY).path
     assert list(path.parent.iterdir()) == [path]
     assert run("bn") == expected
 
@@ -493,7 +498,10 @@ def test_real_disk_that_fills_up_keeps_the_checkpoint_before(
         f"{epoch}: [Errno 28] No space left on device" for epoch in (3, 4)
     ]
     assert epochs_kept() == 2
-    assert {path.name for path in place.iterdir()} == {"filler", Unfinished("bn", KEY).path.name}
+    assert {path.name for path in place.iterdir()} == {
+        "filler",
+        TrainingCheckpoint("bn", KEY).path.name,
+    }
     (place / "filler").unlink()
     assert run("bn") == expected
 
@@ -541,25 +549,25 @@ def data(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package, in the place of the package."""
+    """A copy of the package that the key is computed from."""
     copy = folder / "package"
-    shutil.copytree(resume.SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(resume, "SOURCE", copy)
+    shutil.copytree(module.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(module, "PACKAGE", copy)
     return copy
 
 
 @pytest.fixture
 def key(data: dict[str, Path], source: Path, params: Params) -> Callable[..., str]:
-    """The identity of a run, with other parameters or on another device if told."""
+    """The key of a run, by default with the committed parameters on the CPU."""
 
     def key(device: torch.device = CPU, **changed: object) -> str:
-        asked = params.train.model_dump(mode="json", exclude={"device"})
-        return identity({"variant": "bn", **asked, **changed}, data, device)
+        hyperparameters = params.train.model_dump(mode="json", exclude={"device"})
+        return cache_key({"variant": "bn", **hyperparameters, **changed}, data, device)
 
     return key
 
 
-def test_identity_is_the_same_for_the_same_run(key: Callable[..., str]) -> None:
+def test_key_is_the_same_for_the_same_run(key: Callable[..., str]) -> None:
     assert key() == key()
     assert len(key()) == 64
 
@@ -580,20 +588,20 @@ def test_identity_is_the_same_for_the_same_run(key: Callable[..., str]) -> None:
     ],
     ids=str,
 )
-def test_identity_changes_with_each_parameter(
+def test_key_changes_with_each_parameter(
     changed: dict[str, object], key: Callable[..., str]
 ) -> None:
     assert key(**changed) != key()
 
 
 def test_every_parameter_of_training_is_tried() -> None:
-    (mark,) = test_identity_changes_with_each_parameter.pytestmark
+    (mark,) = test_key_changes_with_each_parameter.pytestmark
     tried = {name for changed in mark.args[1] for name in changed}
     assert tried == {"variant", *TrainParams.model_fields} - {"device"}
 
 
 @pytest.mark.parametrize("role", ["train", "valid"])
-def test_identity_changes_with_one_bit_of_the_data(
+def test_key_changes_with_one_bit_of_the_data(
     role: str, key: Callable[..., str], data: dict[str, Path]
 ) -> None:
     before = key()
@@ -603,7 +611,7 @@ def test_identity_changes_with_one_bit_of_the_data(
     assert key() != before
 
 
-def test_identity_changes_when_the_splits_are_exchanged(
+def test_key_changes_when_the_splits_are_exchanged(
     key: Callable[..., str], data: dict[str, Path]
 ) -> None:
     before = key()
@@ -620,20 +628,45 @@ def edit(path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda source: edit(source / "engine.py"),
-        lambda source: edit(source / "parity/__init__.py"),
-        lambda source: (source / "engine.py").rename(source / "motor.py"),
-        lambda source: (source / "threads.py").unlink(),
-        lambda source: (source / "new.py").touch(),
+        lambda source: edit(source / "training/fused.py"),
+        lambda source: edit(source / "artifacts/splits.py"),
+        lambda source: (source / "core/arrays.py").rename(source / "core/types.py"),
+        lambda source: (source / "core/threads.py").unlink(),
+        lambda source: (source / "network/new.py").touch(),
     ],
-    ids=["edited", "edited below", "renamed", "deleted", "added"],
+    ids=["edited", "edited artifact", "renamed", "deleted", "added"],
 )
-def test_identity_changes_with_the_code(
+def test_key_changes_with_the_code_of_training(
     change: Callable[[Path], object], key: Callable[..., str], source: Path
 ) -> None:
     before = key()
     change(source)
     assert key() != before
+
+
+def test_training_interrupted_before_an_edit_elsewhere_can_be_resumed(
+    key: Callable[..., str], source: Path
+) -> None:
+    before = key()
+    for name in ("artifacts/registry_file.py", "serve/http/routes.py", "parity/gate.py", "cli.py"):
+        edit(source / name)
+    assert key() == before
+
+
+# artifacts that a training writes and never reads
+ONLY_WRITTEN = {"curves", "metrics", "reading"}
+
+
+def test_key_covers_the_code_that_a_training_imports() -> None:
+    prefix = "src/mnist_batchnorm/"
+    names = ("loop", "replicas", "worker")
+    imported = set[str]().union(*(closure(f"mnist_batchnorm.training.{name}") for name in names))
+    written = {f"{prefix}artifacts/{name}.py" for name in ONLY_WRITTEN}
+    assert written < imported
+    covered = {str(path.relative_to(ROOT)) for path in module.code_files()}
+    assert imported - written - covered == {f"{prefix}artifacts/__init__.py"}  # a docstring
+    for name in module.CODE:
+        assert any(path.startswith(prefix + name) for path in imported), name
 
 
 @pytest.mark.parametrize(
@@ -647,7 +680,7 @@ def test_identity_changes_with_the_code(
         "GLIBC_TUNABLES",
     ],
 )
-def test_identity_changes_with_what_chooses_the_kernels(
+def test_key_changes_with_what_chooses_the_kernels(
     name: str, key: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(name, raising=False)
@@ -658,7 +691,7 @@ def test_identity_changes_with_what_chooses_the_kernels(
     assert len({unset, first, key()}) == 3
 
 
-def test_identity_changes_with_the_machine(
+def test_key_changes_with_the_machine(
     key: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {key()}
@@ -666,7 +699,7 @@ def test_identity_changes_with_the_machine(
     found |= {key(torch.device("cuda:0")), key(torch.device("cuda:1"))}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     found.add(key(torch.device("cuda:0")))
-    monkeypatch.setattr(resume, "processor", lambda: "vendor_id : another")
+    monkeypatch.setattr(module, "processor", lambda: "vendor_id : another")
     found.add(key())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
     found.add(key())
@@ -677,16 +710,15 @@ def test_identity_changes_with_the_machine(
     assert len(found) == 8
 
 
-def test_identity_does_not_change_with_anything_else(
+def test_key_does_not_change_with_anything_else(
     key: Callable[..., str], source: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = key()
     for name in ("HOME", "LANG", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT", "COLUMNS"):
         monkeypatch.setenv(name, "another")
-    (source / "__pycache__").mkdir()
-    (source / "__pycache__/engine.cpython-311.pyc").write_bytes(b"compiled")
-    (source / "templates/new.html").write_text("<p>")
-    for path in (*data.values(), source / "engine.py"):
+    (source / "training/__pycache__").mkdir()
+    (source / "training/__pycache__/fused.cpython-311.pyc").write_bytes(b"compiled")
+    for path in (*data.values(), source / "training/fused.py"):
         os.utime(path, (0, 0))
     torch.rand(1)
     assert key() == before

@@ -1,4 +1,4 @@
-"""A portable training has the same bits on every processor with AVX2."""
+"""A reproducible training has the same bits on every processor with AVX2."""
 
 import os
 import platform
@@ -14,22 +14,22 @@ import torch
 
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.params import parse_params
-from mnist_batchnorm.training import reproducible as portable
+from mnist_batchnorm.training import reproducible as module
 from tests.conftest import ROOT
 
 X86 = pytest.mark.skipif(
     platform.machine() != "x86_64" or not torch.cpu._is_avx2_supported(),
-    reason="a portable training needs an x86-64 processor with AVX2",
+    reason="a reproducible training needs an x86-64 processor with AVX2",
 )
 
-# 40 steps of both networks by the engine, then the weights' SHA-256
+# 40 steps of both networks by the fused step, then the weights' SHA-256
 PROGRAM = """
     import hashlib
-    from mnist_batchnorm.training.reproducible import make_portable
-    make_portable()
+    from mnist_batchnorm.training.reproducible import make_reproducible
+    make_reproducible()
     import torch
     from mnist_batchnorm.training.fused import FusedTrainer
-    from mnist_batchnorm.training.loop import make_deterministic
+    from mnist_batchnorm.training.devices import make_deterministic
     from mnist_batchnorm.network.model import Architecture
     make_deterministic()
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ GOLDEN = [
 def trained(*emulator: str, settings: Mapping[str, str] | None = None) -> list[str]:
     program = textwrap.dedent(PROGRAM)
     if settings is not None:  # in the place of the portable ones
-        program = program.replace("\nmake_portable()\n", "\n")
+        program = program.replace("\nmake_reproducible()\n", "\n")
     done = subprocess.run(
         [*emulator, sys.executable, "-W", "ignore", "-c", program],
         env={**os.environ, **(settings or {})},
@@ -93,11 +93,11 @@ def test_without_it_processors_differ() -> None:
 
 @X86
 @pytest.mark.slow
-@pytest.mark.parametrize("name", portable.SETTINGS)
+@pytest.mark.parametrize("name", module.SETTINGS)
 def test_each_setting_decides_bits(name: str) -> None:
     others = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "AUTO"}
-    changed = portable.SETTINGS | {name: others[name]}
-    assert trained(settings=changed) != trained(settings=portable.SETTINGS)
+    changed = module.SETTINGS | {name: others[name]}
+    assert trained(settings=changed) != trained(settings=module.SETTINGS)
 
 
 STAND_IN = """
@@ -119,7 +119,7 @@ __version__ = "2.15.0+cpu"
         ("aarch64", True, True, "this processor is aarch64, not x86-64; set it to false"),
     ],
 )
-def test_machine_that_cannot_is_told(
+def test_unsupported_machine_is_named(
     machine: str, avx2: bool, mkl: bool, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text(STAND_IN.format(avx2=avx2, mkl=mkl))
@@ -128,9 +128,9 @@ def test_machine_that_cannot_is_told(
         sys.path.insert(0, {str(tmp_path)!r})
         platform.machine = lambda: {machine!r}
         from mnist_batchnorm.core.errors import UserError
-        from mnist_batchnorm.training.reproducible import make_portable
+        from mnist_batchnorm.training.reproducible import make_reproducible
         try:
-            make_portable()
+            make_reproducible()
         except UserError as error:
             print(error)
     """
@@ -141,9 +141,9 @@ def test_machine_that_cannot_is_told(
     assert done.stdout == expected
 
 
-def test_it_is_too_late_once_torch_is_there() -> None:
+def test_settings_must_precede_the_import_of_torch() -> None:
     with pytest.raises(RuntimeError, match="imported already"):
-        portable.make_portable()
+        module.make_reproducible()
 
 
 def test_gpu_and_portable_contradict_each_other() -> None:

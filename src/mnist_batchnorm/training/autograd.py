@@ -1,25 +1,25 @@
-"""TODO."""
+"""Trainers for any network: autograd and `torch.optim.Adam`, the reference of `fused`."""
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mnist_batchnorm.training.devices import DeviceSplit
-from mnist_batchnorm.training.fused import CHUNK
-from mnist_batchnorm.training.trainer import Progress
+from mnist_batchnorm.training.fused import CHUNK_STEPS
+from mnist_batchnorm.training.trainer import Progress, ignore_progress
 
 
 class AutogradTrainer:
-    """Any network, by autograd and `torch.optim.Adam`: what the fast step is held to."""
+    """Trains one network of any kind."""
 
     def __init__(self, model: nn.Module, data: DeviceSplit, lr: float) -> None:
         self._model, self._data = model, data
         self._optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         self.tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, parameter in model.named_parameters():
-            # as Adam itself would in its first step; here for a checkpoint to fill
+            # as Adam does in its first step; made here so that a checkpoint can fill it
             state = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -28,8 +28,8 @@ class AutogradTrainer:
             self._optimizer.state[parameter] = state
             self.tensors |= {f"{name}.{key}": tensor for key, tensor in state.items()}
 
-    def run(self, order: Tensor, progress: Progress = lambda _: None) -> Tensor:
-        """Take a step for each batch; see `FusedTrainer.run`."""
+    def run(self, order: Tensor, progress: Progress = ignore_progress) -> Tensor:
+        """Take one step per batch; see `Trainer.run`."""
         (batches,) = order.to(self._data.labels.device)
         self._model.train()
         losses = []
@@ -39,13 +39,13 @@ class AutogradTrainer:
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             losses.append(loss.detach())
-            if number % CHUNK == 0 or number == len(batches):
-                progress((number - 1) % CHUNK + 1)
+            if number % CHUNK_STEPS == 0 or number == len(batches):
+                progress((number - 1) % CHUNK_STEPS + 1)
         return torch.stack(losses)[None]
 
 
-class OneByOne:
-    """Replicas of a network that the engine does not know, one after another."""
+class SequentialTrainer:
+    """Trains replicas of a network of any kind, one after another."""
 
     def __init__(self, models: Sequence[nn.Module], data: DeviceSplit, lr: float) -> None:
         self._trainers = [AutogradTrainer(model, data, lr) for model in models]
@@ -55,8 +55,8 @@ class OneByOne:
             for name, tensor in trainer.tensors.items()
         }
 
-    def run(self, order: Tensor, progress: Progress = lambda _: None) -> Tensor:
-        """Take a step for each batch; see `FusedTrainer.run`."""
+    def run(self, order: Tensor, progress: Progress = ignore_progress) -> Tensor:
+        """Take one step per batch; see `Trainer.run`."""
         *others, last = zip(self._trainers, order[:, None], strict=True)
         losses = [trainer.run(batches) for trainer, batches in others]
         trainer, batches = last

@@ -1,11 +1,10 @@
-"""Checkpoints of runs that have not ended: after each epoch, all that decides the rest of the run.
+"""Checkpoints of unfinished trainings: after each epoch, the complete state of the run.
 
 They lie outside the outputs of every stage, which DVC deletes before the stage runs. Each is named
-by what determines the run: one of other data, parameters or code, or of another kind of machine, is
-never taken up.
+by a key of everything that determines the run, so that a run with other data, parameters, code or
+another kind of machine never resumes from it.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -16,18 +15,21 @@ from typing import Any
 import click
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mnist_batchnorm.core.files import digest, write_bytes
-from mnist_batchnorm.core.paths import UNFINISHED, repository
+from mnist_batchnorm.core.files import digest, fingerprint, write_bytes
+from mnist_batchnorm.core.paths import TRAINING_CHECKPOINTS, repository
 from mnist_batchnorm.training.devices import describe_device
 
-SOURCE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
+# The code that determines the bits of a training. The artifacts that a training only writes, and
+# everything else, may change without invalidating a checkpoint.
+CODE = ("core", "network", "training", "artifacts/splits.py")
 METADATA_KEY = "mnist_batchnorm"
 GENERATORS = "generators"
-# what chooses among the kernels of PyTorch, MKL, oneDNN, glibc and cuBLAS
-DISPATCH = (
+# environment variables that choose among the kernels of PyTorch, MKL, oneDNN, glibc and cuBLAS
+KERNEL_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_",
     "DNNL_",
@@ -39,78 +41,66 @@ DISPATCH = (
 )
 
 
-def identity(params: Mapping[str, Any], data: Mapping[str, Path], device: torch.device) -> str:
-    """Return the SHA-256 of all that decides a training run, bit for bit.
+def cache_key(params: Mapping[str, Any], data: Mapping[str, Path], device: torch.device) -> str:
+    """Return the SHA-256 of everything that determines the bits of a training.
 
-    Args:
-        params: what was asked for: variant, hyperparameters, seeds.
-        data: the files that it learns from and watches, by their role.
-        device: where it runs.
+    ``params`` are the variant, hyperparameters and seeds, ``data`` the data files by role.
     """
-    content = {
-        "params": dict(params),
-        "data": {role: digest(path) for role, path in data.items()},
-        "code": {
-            path.relative_to(SOURCE).as_posix(): digest(path)
-            for path in sorted(SOURCE.rglob("*.py"))
-        },
-        "torch": torch.__config__.show(),
-        "device": describe_device(device),
-        "processor": [processor(), torch.backends.cpu.get_cpu_capability()],
-        "dispatch": {k: v for k, v in sorted(os.environ.items()) if k.startswith(DISPATCH)},
-        "threads": torch.get_num_threads(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return fingerprint(
+        {
+            "params": dict(params),
+            "data": {role: digest(path) for role, path in data.items()},
+            "code": {path.relative_to(PACKAGE).as_posix(): digest(path) for path in code_files()},
+            "torch": torch.__config__.show(),
+            "device": describe_device(device),
+            "processor": [processor(), torch.backends.cpu.get_cpu_capability()],
+            "kernels": {k: v for k, v in os.environ.items() if k.startswith(KERNEL_VARIABLES)},
+            "threads": torch.get_num_threads(),
+        }
+    )
+
+
+def code_files() -> list[Path]:
+    """Return the source files that `CODE` names."""
+    files: list[Path] = []
+    for path in (PACKAGE / name for name in CODE):
+        files.extend(path.rglob("*.py") if path.is_dir() else [path])
+    return sorted(files)
 
 
 def processor() -> str:
-    """Name the processor's model as precisely as the system does."""
+    """Return the processor's model, without what varies over time."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
-    kind = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
-    return "; ".join(dict.fromkeys(line for line in lines if line.startswith(kind)))
+    fields = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
+    return "; ".join(dict.fromkeys(line for line in lines if line.startswith(fields)))
 
 
-class Unfinished:
-    """The checkpoint of one run.
-
-    Attributes:
-        path: its file, which need not exist.
-        epochs: how many epochs the file holds, 0 while there is none.
-    """
+class TrainingCheckpoint:
+    """The checkpoint file of one run, which need not exist, and its number of epochs."""
 
     def __init__(self, name: str, key: str) -> None:
-        """Name the checkpoint.
-
-        Args:
-            name: for people, ``bn``.
-            key: the run's `identity`.
-        """
-        self.path = repository() / UNFINISHED / f"{name}-{key[:16]}.safetensors"
+        """Create the handle of run `name` (for people, ``bn``) with this `cache_key`."""
+        self.path = repository() / TRAINING_CHECKPOINTS / f"{name}-{key[:16]}.safetensors"
         self.epochs = 0
         self._key = key
 
-    def keep(
+    def save(
         self,
         tensors: Mapping[str, Tensor],
         generators: Sequence[torch.Generator],
         rows: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write the state after an epoch in place of the one before, whole or not at all.
+        """Atomically replace the file with the state after an epoch.
 
-        A disk that is full costs the checkpoint, with a warning, and not the run.
-
-        Args:
-            tensors: the trainer's.
-            generators: of the batches' order, one a replica.
-            rows: what was measured after each epoch so far.
+        If that fails, as on a full disk, a warning is printed and the run continues.
         """
         state = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         state[GENERATORS] = torch.stack([generator.get_state() for generator in generators])
         metadata = {"key": self._key, "rows": rows}
-        content = save(state, {METADATA_KEY: json.dumps(metadata)})
+        content = serialize(state, {METADATA_KEY: json.dumps(metadata)})
         try:
             write_bytes(self.path, content)
             self.epochs = len(rows)
@@ -120,14 +110,10 @@ class Unfinished:
     def restore(
         self, tensors: Mapping[str, Tensor], generators: Sequence[torch.Generator]
     ) -> list[dict[str, Any]]:
-        """Fill a new trainer and its generators with what was kept.
-
-        Args:
-            tensors: the trainer's, written in place.
-            generators: of the batches' order, one a replica.
+        """Fill a new trainer and its generators in place with the saved state.
 
         Returns:
-            The rows so far, none if nothing was kept: then nothing is filled either.
+            The saved rows; none, and nothing filled, if there is no usable checkpoint.
         """
         try:
             with safe_open(self.path, framework="pt") as stored:
@@ -140,7 +126,7 @@ class Unfinished:
                 raise ValueError("it is of another run")
             if any(_form(state[name]) != _form(tensor) for name, tensor in tensors.items()):
                 raise ValueError("its tensors have other shapes or types")
-            orders = [_generator(kept) for kept in state[GENERATORS]]
+            restored = [_generator(saved) for saved in state[GENERATORS]]
         except FileNotFoundError:
             return []
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -151,8 +137,8 @@ class Unfinished:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(state[name])
-        for generator, kept in zip(generators, orders, strict=True):
-            generator.set_state(kept.get_state())
+        for generator, saved in zip(generators, restored, strict=True):
+            generator.set_state(saved.get_state())
         self.epochs = len(rows)
         click.echo(f"going on after epoch {self.epochs}, from {self.path}", err=True)
         return rows
@@ -160,7 +146,7 @@ class Unfinished:
 
 def _generator(state: Tensor) -> torch.Generator:
     generator = torch.Generator()
-    generator.set_state(state.clone())  # RuntimeError for what is no state, and for a view as well
+    generator.set_state(state.clone())  # RuntimeError for an invalid state, and for a view
     return generator
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Devices: choice, determinism, and the data on a device."""
 
 import os
 from dataclasses import dataclass
@@ -13,15 +13,10 @@ from mnist_batchnorm.core.errors import UserError
 
 @dataclass(frozen=True)
 class DeviceSplit:
-    """A split as the loop wants it, on the device.
+    """A split as tensors on a device."""
 
-    Attributes:
-        inputs: float32 ``[n, 784]``, pixel / 255.
-        labels: int64 ``[n]``.
-    """
-
-    inputs: Tensor
-    labels: Tensor
+    inputs: Tensor  # float32 [n, 784], pixel / 255
+    labels: Tensor  # int64 [n]
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "DeviceSplit":
@@ -33,11 +28,7 @@ class DeviceSplit:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn ``train.device`` into a device that exists; ``auto`` prefers a CUDA GPU.
-
-    Raises:
-        UserError: A GPU was named and there is none such.
-    """
+    """Return the device that ``train.device`` names; a UserError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -58,11 +49,11 @@ def describe_device(device: torch.device) -> str:
 
 def make_deterministic() -> None:
     """Make the same seed give the same weights, bit for bit, on the same kind of machine."""
-    # cuBLAS needs it set before its first call:
+    # cuBLAS reads it at its first call:
     # https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # torch.use_deterministic_algorithms(True), but without 1.4 s for importing a compiler
     torch.set_deterministic_debug_mode("error")
-    # NaN into memory that is written next anyway
+    # skip filling memory with NaN that is written next anyway
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_num_threads(1)  # these layers are too small to share out, and sums keep one order
+    torch.set_num_threads(1)  # these layers are too small to split, and sums keep one order

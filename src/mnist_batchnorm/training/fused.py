@@ -1,15 +1,16 @@
-"""The training step written out: forward, backward and Adam into buffers that are made once.
+"""The fused training step: forward, backward and Adam, written out into preallocated buffers.
 
 Autograd and `torch.optim` spend most of a small network's step outside its arithmetic. Here a step
-is a fixed row of some twenty operators that write into preallocated tensors. Parameters, gradients
-and moments are parts of one flat tensor each, so Adam is one operator. The same row trains one
-network or several replicas side by side: their matrix products as one batch, the channels of all
-as one batch norm. On a GPU a hundred steps are one CUDA graph.
+is a fixed sequence of some twenty operators that write into preallocated tensors. Parameters,
+gradients and moments are parts of one flat tensor each, so Adam is one operator. The same sequence
+trains one network or several replicas: their matrix products as one batch, the channels of all as
+one batch norm. On a GPU a hundred steps are one CUDA graph.
 
-tests/test_engine.py holds the step to `nn.Module`, autograd and `torch.optim.Adam`; a network that
-`blocks_of` does not know is trained by these (fit.py).
+tests/training/test_fused.py compares the step with `nn.Module`, autograd and `torch.optim.Adam`;
+any network that `fusible_blocks` rejects is trained by these (`autograd`).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # torch.optim.Adam's defaults
-CHUNK = 100  # steps between two looks at progress; on a GPU, steps of one graph
-CACHE_LINE = 64  # bytes; parts of a flat tensor are aligned as tensors of their own would be
+from mnist_batchnorm.training.trainer import Progress, ignore_progress
+
+ADAM_DEFAULTS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # torch.optim.Adam's
+CHUNK_STEPS = 100  # steps between two progress reports; on a GPU, steps of one graph
+CACHE_LINE_BYTES = 64  # parts of a flat tensor are aligned as separate tensors would be
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.out
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
@@ -28,37 +31,28 @@ _relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 @dataclass(frozen=True)
 class Block:
-    """A linear layer and what follows it: batch norm and ReLU, ReLU alone, or nothing at the end.
+    """A linear layer, followed by batch norm and ReLU, by ReLU alone, or last in its network."""
 
-    Attributes:
-        linear: name of the linear layer in its network.
-        units: its outputs.
-        norm: name of the batch norm, or None.
-        momentum, eps: the batch norm's.
-    """
-
-    linear: str
-    units: int
-    norm: str | None = None
+    linear: str  # name of the linear layer
+    units: int  # its outputs
+    norm: str | None = None  # name of the batch norm
     momentum: float = 0.0
     eps: float = 0.0
 
 
-def blocks_of(model: nn.Module) -> list[Block] | None:
-    """Take apart a network that the engine knows.
+def fusible_blocks(model: nn.Module) -> list[Block] | None:
+    """Return a network's blocks in order, or None if the fused step does not support it.
 
-    It knows an `nn.Sequential` of Linear, BatchNorm1d or none, ReLU, over and over, and a last
-    Linear: each of exactly that type, with what PyTorch gives it by default (bias, affine, running
-    statistics) and without hooks, which a step that calls no module would leave out; everything
-    trainable, no tensor used twice, all of one floating-point type.
-
-    Returns:
-        The blocks in order, the last without ReLU, or None for any other network.
+    Supported is an `nn.Sequential` of any number of Linear, optional BatchNorm1d and ReLU, and a
+    last Linear: each of exactly that type, with PyTorch's defaults (bias, affine, running
+    statistics) and without hooks, which the fused step would not call; everything trainable, no
+    tensor used twice, all of one floating-point type.
     """
     if type(model) is not nn.Sequential or any(_has_hooks(module) for module in model.modules()):
         return None
     blocks: list[Block] = []
-    layers = [(name, layer) for name, layer in model._modules.items() if layer]  # repeated ones too
+    # with repetitions, unlike named_children()
+    layers = [(name, layer) for name, layer in model._modules.items() if layer]
     while layers:
         name, linear = layers.pop(0)
         if type(linear) is not nn.Linear or linear.bias is None:
@@ -76,14 +70,14 @@ def blocks_of(model: nn.Module) -> list[Block] | None:
         if type(layers.pop(0)[1]) is not nn.ReLU or not layers:
             return None
     tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
-    known = (
+    supported = (
         blocks
         and blocks[-1].norm is None
         and all(p.requires_grad and not _has_hooks(p) for p in model.parameters())
         and len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
         and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
     )
-    return blocks if known else None
+    return blocks if supported else None
 
 
 def _has_hooks(owner: nn.Module | Tensor) -> bool:
@@ -97,9 +91,9 @@ def _has_hooks(owner: nn.Module | Tensor) -> bool:
     return any(getattr(owner, kind, None) for kind in kinds)
 
 
-def _lay_out(shapes: Mapping[str, torch.Size], like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make one flat tensor of zeros and name its parts, each aligned to a cache line."""
-    line = CACHE_LINE // like.element_size()
+def _allocate(shapes: Mapping[str, torch.Size], like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a flat tensor of zeros and its parts by name, each aligned to a cache line."""
+    line = CACHE_LINE_BYTES // like.element_size()
     sizes = {name: -(-shape.numel() // line) * line for name, shape in shapes.items()}
     flat = like.new_zeros(sum(sizes.values()))
     pieces = torch.split(flat, list(sizes.values()))
@@ -109,19 +103,19 @@ def _lay_out(shapes: Mapping[str, torch.Size], like: Tensor) -> tuple[Tensor, di
     }
 
 
-def on_gpu(tensor: Tensor) -> bool:
-    """Whether steps can be recorded where the tensor lies."""
+def is_capturable(tensor: Tensor) -> bool:
+    """Whether steps on the tensor's device can be captured as a graph."""
     return tensor.is_cuda
 
 
-def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Record what the work asks of a GPU, without doing it, and return what does it.
+def capture_graph(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture `work` as a CUDA graph, without running it, and return the graph's replay function.
 
-    The work must have been done once, so that CUDA's libraries have set themselves up:
+    `work` must have run once before, so that CUDA's libraries are initialized:
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
     graph = torch.cuda.CUDAGraph()
-    # the current device may be another than the data's
+    # the current device may differ from the data's
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         work()
@@ -132,9 +126,9 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
 class _Layer:
     """A block of all R replicas: views of their tensors, and buffers for one step.
 
-    Buffers are ``[batch, R * units]``, the form of batch norm and of the elementwise operators;
-    ``_m`` marks the same memory as ``[R, batch, units]``, or ``[batch, units]`` for one replica,
-    the form of the matrix products.
+    Buffers are ``[batch, R * units]``, the shape for batch norm and elementwise operators; ``_m``
+    marks the same memory in the shape for matrix products, ``[R, batch, units]``, or
+    ``[batch, units]`` for one replica.
     """
 
     def __init__(self, trainer: "FusedTrainer", block: Block, below: "_Layer | None") -> None:
@@ -143,14 +137,14 @@ class _Layer:
         self.momentum, self.eps = block.momentum, block.eps
         self.product = torch.mm if trainer.replicas == 1 else torch.bmm
         parameters, gradients = trainer.parameters, trainer.gradients
-        self.weight_m = trainer.one_or_all(parameters[f"{block.linear}.weight"])
+        self.weight_m = trainer.matrix_view(parameters[f"{block.linear}.weight"])
         self.weight_mt = self.weight_m.mT
-        self.weight_gradient_m = trainer.one_or_all(gradients[f"{block.linear}.weight"])
+        self.weight_gradient_m = trainer.matrix_view(gradients[f"{block.linear}.weight"])
         self.bias = parameters[f"{block.linear}.bias"].view(-1)
         self.bias_gradient = gradients[f"{block.linear}.bias"].view(1, -1)
         self.ones = trainer.batch.new_ones(1, trainer.batch_size)
 
-        self.input_m = below.output_m if below else trainer.product_form(trainer.batch)
+        self.input_m = below.output_m if below else trainer.buffer_matrix_view(trainer.batch)
         shape = (trainer.batch_size, len(self.bias))
         self.sums = self.output = trainer.batch.new_zeros(shape)  # ReLU in place
         self.output_gradient = self.sums_gradient = trainer.batch.new_zeros(shape)
@@ -164,19 +158,19 @@ class _Layer:
             self.running_var = trainer.buffers[f"{block.norm}.running_var"].view(-1)
             self.batches = trainer.buffers[f"{block.norm}.num_batches_tracked"]
             self.mean, self.inverse_deviation = self.bias.clone(), self.bias.clone()
-        self.sums_m = trainer.product_form(self.sums)
-        self.output_m: Tensor = trainer.product_form(self.output)
-        self.output_gradient_m: Tensor = trainer.product_form(self.output_gradient)
-        self.sums_gradient_m = trainer.product_form(self.sums_gradient)
+        self.sums_m = trainer.buffer_matrix_view(self.sums)
+        self.output_m: Tensor = trainer.buffer_matrix_view(self.output)
+        self.output_gradient_m: Tensor = trainer.buffer_matrix_view(self.output_gradient)
+        self.sums_gradient_m = trainer.buffer_matrix_view(self.sums_gradient)
         self.sums_gradient_mt = self.sums_gradient_m.mT
 
     def affine(self) -> None:
-        """Compute the sums x W^T + b of the output below."""
+        # sums = x W^T + b
         self.product(self.input_m, self.weight_mt, out=self.sums_m)
         self.sums.add_(self.bias)
 
     def forward(self) -> None:
-        """Compute the output from the output below, and update the running statistics."""
+        """Compute the output, and update the running statistics."""
         self.affine()
         if self.norm:
             torch.native_batch_norm(
@@ -193,7 +187,7 @@ class _Layer:
         self.output.relu_()
 
     def backward(self) -> None:
-        """Turn the output's gradient into that of the sums, the parameters and the output below."""
+        """Propagate the output's gradient to the sums, the parameters and the layer below."""
         _relu_backward(self.output_gradient, self.output, 0, grad_input=self.output_gradient)
         if self.norm:
             _batch_norm_backward(
@@ -214,9 +208,8 @@ class _Layer:
         self.affine_backward()
 
     def affine_backward(self) -> None:
-        """Pass the gradient of the sums on to the parameters and to the output below."""
-        # A bias before batch norm moves the mean that is subtracted again: its gradient is 0.
-        # Autograd finds rounding noise there, which Adam magnifies to whole steps.
+        # Batch norm subtracts the bias before it along with the mean, so its gradient is 0.
+        # Autograd computes rounding noise instead, which Adam magnifies to whole steps.
         if not self.norm:
             torch.mm(self.ones, self.sums_gradient, out=self.bias_gradient)  # faster than a sum
         self.product(self.sums_gradient_mt, self.input_m, out=self.weight_gradient_m)
@@ -225,14 +218,13 @@ class _Layer:
 
 
 class FusedTrainer:
-    """Trains R replicas of one network, on batches of their own, with cross-entropy and Adam.
+    """Trains R replicas of one network with the fused step, each on its own batches.
 
-    The networks' parameters and buffers become views of the trainer's tensors: whenever `run` has
-    returned, they are the trained networks.
+    The networks' parameters and buffers become views of the trainer's tensors, so the networks are
+    up to date whenever `run` returns.
 
     Attributes:
-        tensors: everything that a step changes, by name, ``[R, ...]`` each, to be saved or to be
-            filled with what was saved.
+        tensors: everything that a step changes, by name, ``[R, ...]`` each.
     """
 
     def __init__(
@@ -243,41 +235,34 @@ class FusedTrainer:
         batch_size: int,
         lr: float,
     ) -> None:
-        """Take over the networks.
+        """Prepare the buffers for R networks that differ in their weights only.
 
-        Args:
-            models: R networks that differ in their numbers alone, on the device of the data.
-            inputs: ``[n, features]``, of the networks' dtype.
-            labels: int64 ``[n]``.
-            batch_size: rows of the data that a replica sees in a step.
-            lr: Adam's step size.
-
-        Raises:
-            ValueError: The engine does not know these networks, or they are not alike.
+        ``inputs`` are ``[n, features]`` of the networks' dtype, ``labels`` int64 ``[n]``, all on
+        one device. Raises a ValueError if the networks are not supported, or not alike.
         """
-        blocks = blocks_of(models[0])
-        if blocks is None or any(blocks_of(model) != blocks for model in models):
-            raise ValueError("networks that the engine does not know, or that are not alike")
+        blocks = fusible_blocks(models[0])
+        if blocks is None or any(fusible_blocks(model) != blocks for model in models):
+            raise ValueError("networks that the fused step does not support, or that are not alike")
         self.replicas, self.batch_size, self.lr = len(models), batch_size, lr
         self._inputs, self._labels = inputs, labels
         self._adopt(models)
 
         self.batch = inputs.new_zeros(batch_size, self.replicas * inputs.shape[1])
-        self._images = self.batch.view(batch_size * self.replicas, -1)  # one image a row
+        self._images = self.batch.view(batch_size * self.replicas, -1)  # one image per row
         self._layers: list[_Layer] = []
         for block in blocks:
             self._layers.append(_Layer(self, block, self._layers[-1] if self._layers else None))
 
-        # classes come first here: a softmax over the first axis is the one that is vectorized
+        # classes first: PyTorch vectorizes a softmax over the first axis only
         last = self._layers[-1]
         shape = (blocks[-1].units, batch_size, self.replicas)
         self._output = last.sums.view(*shape[1:], -1).permute(2, 0, 1)
         self._output_gradient = last.sums_gradient.view(*shape[1:], -1).permute(2, 0, 1)
-        self._logits, self._targets = inputs.new_zeros(2, CHUNK, *shape)
+        self._logits, self._targets = inputs.new_zeros(2, CHUNK_STEPS, *shape)
         self._softmax = torch.zeros_like(self._targets[0])
-        self._rows, self._answers = labels.new_zeros(2, CHUNK, batch_size * self.replicas)
+        self._rows, self._batch_labels = labels.new_zeros(2, CHUNK_STEPS, len(self._images))
         self._classes = torch.arange(shape[0], device=labels.device).view(-1, 1, 1)
-        self._share = 1 / batch_size
+        self._inverse_batch_size = 1 / batch_size
         self._steps = list(zip(self._rows, self._targets, self._logits, strict=True))
         self._replays: dict[int, Callable[[], None]] = {}
 
@@ -287,11 +272,11 @@ class FusedTrainer:
             for name, parameter in models[0].named_parameters()
         }
         like = next(models[0].parameters()).detach()
-        self._flat, self.parameters = _lay_out(shapes, like)
-        self._flat_gradient, self.gradients = _lay_out(shapes, like)
-        self._first, first = _lay_out(shapes, like)
-        self._second, second = _lay_out(shapes, like)
-        self._count = torch.zeros((), device=like.device)  # Adam's, of steps
+        self._flat, self.parameters = _allocate(shapes, like)
+        self._flat_gradient, self.gradients = _allocate(shapes, like)
+        self._first_moments, first = _allocate(shapes, like)
+        self._second_moments, second = _allocate(shapes, like)
+        self._step_count = torch.zeros((), device=like.device)  # Adam's
         self.buffers = {
             name: torch.stack([model.get_buffer(name) for model in models])
             for name, _ in models[0].named_buffers()
@@ -308,61 +293,54 @@ class FusedTrainer:
             **self.buffers,
             **{f"{name}.exp_avg": part for name, part in first.items()},
             **{f"{name}.exp_avg_sq": part for name, part in second.items()},
-            "step": self._count,
+            "step": self._step_count,
         }
 
-    def one_or_all(self, stacked: Tensor) -> Tensor:
-        """Give ``[R, ...]`` the form of the matrix products."""
+    def matrix_view(self, stacked: Tensor) -> Tensor:
+        """View ``[R, ...]`` in the shape for matrix products."""
         return stacked[0] if self.replicas == 1 else stacked
 
-    def product_form(self, buffer: Tensor) -> Tensor:
-        """Give a buffer ``[batch, R * units]`` the form of the matrix products."""
-        return self.one_or_all(buffer.view(self.batch_size, self.replicas, -1).transpose(0, 1))
+    def buffer_matrix_view(self, buffer: Tensor) -> Tensor:
+        """View a buffer ``[batch, R * units]`` in the shape for matrix products."""
+        return self.matrix_view(buffer.view(self.batch_size, self.replicas, -1).transpose(0, 1))
 
     @torch.no_grad()
-    def run(self, order: Tensor, progress: Callable[[int], None] = lambda _: None) -> Tensor:
-        """Take a step for each batch.
-
-        Args:
-            order: int64 ``[R, steps, batch]``, rows of the data, on any device.
-            progress: told how many steps have been taken since it was last told.
-
-        Returns:
-            The mean cross-entropy (nats) of each batch before its step, ``[R, steps]``.
-        """
+    def run(self, order: Tensor, progress: Progress = ignore_progress) -> Tensor:
+        """Take one step per batch; see `Trainer.run`. The order may be on any device."""
         steps = order.shape[1]
         rows = order.permute(1, 2, 0).reshape(steps, -1).to(self._rows.device)
         losses: Tensor = self._logits.new_empty(steps, self.replicas)
-        for start in range(0, steps, CHUNK):
-            chunk = rows[start : start + CHUNK]
-            taken = len(chunk)
-            self._rows[:taken].copy_(chunk)
-            self._launch(taken)
-            answers = self._answers[:taken].view(taken, self.batch_size, self.replicas)
-            loss = F.cross_entropy(self._logits[:taken], answers, reduction="none")
-            losses[start : start + taken] = loss.mean(1)
-            progress(taken)
+        for start in range(0, steps, CHUNK_STEPS):
+            chunk = rows[start : start + CHUNK_STEPS]
+            count = len(chunk)
+            self._rows[:count].copy_(chunk)
+            self._run_chunk(count)
+            labels = self._batch_labels[:count].view(count, self.batch_size, self.replicas)
+            loss = F.cross_entropy(self._logits[:count], labels, reduction="none")
+            losses[start : start + count] = loss.mean(1)
+            progress(count)
         for layer in self._layers:
             if layer.norm:
                 layer.batches.add_(steps)
         return losses.transpose(0, 1)
 
-    def _launch(self, steps: int) -> None:
-        """Take the steps that `_rows` holds; on a GPU as one graph from the second time on."""
+    def _run_chunk(self, steps: int) -> None:
+        """Take the first `steps` of `_rows`; on a GPU as one graph from the second time on."""
         if steps in self._replays:
             self._replays[steps]()
             return
-        self._take(steps)
-        if on_gpu(self._rows):
-            self._replays[steps] = captured(lambda: self._take(steps), self._rows.device)
+        self._run_steps(steps)
+        if is_capturable(self._rows):
+            work = functools.partial(self._run_steps, steps)
+            self._replays[steps] = capture_graph(work, self._rows.device)
 
-    def _take(self, steps: int) -> None:
+    def _run_steps(self, steps: int) -> None:
         torch.index_select(
-            self._labels, 0, self._rows[:steps].flatten(), out=self._answers[:steps].flatten()
+            self._labels, 0, self._rows[:steps].flatten(), out=self._batch_labels[:steps].flatten()
         )
         # the gradient of the mean of -log softmax is (softmax - one-hot) / batch
-        answers = self._answers[:steps].view(steps, 1, self.batch_size, self.replicas)
-        self._targets[:steps].copy_(answers == self._classes).mul_(-self._share)
+        labels = self._batch_labels[:steps].view(steps, 1, self.batch_size, self.replicas)
+        self._targets[:steps].copy_(labels == self._classes).mul_(-self._inverse_batch_size)
         for step in self._steps[:steps]:
             self._step(*step)
 
@@ -374,20 +352,20 @@ class FusedTrainer:
         last.affine()
         logits.copy_(self._output)
         torch.softmax(logits, 0, out=self._softmax)
-        torch.add(target, self._softmax, alpha=self._share, out=self._output_gradient)
+        torch.add(target, self._softmax, alpha=self._inverse_batch_size, out=self._output_gradient)
         last.affine_backward()
         for layer in reversed(hidden):
             layer.backward()
-        self._count.add_(1)
+        self._step_count.add_(1)
         torch._fused_adam_(
             [self._flat],
             [self._flat_gradient],
-            [self._first],
-            [self._second],
+            [self._first_moments],
+            [self._second_moments],
             [],
-            [self._count],
+            [self._step_count],
             lr=self.lr,
-            **ADAM,
+            **ADAM_DEFAULTS,
             weight_decay=0.0,
             amsgrad=False,
             maximize=False,

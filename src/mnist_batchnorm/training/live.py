@@ -1,139 +1,91 @@
 """Live logging beside training: a child process talks to MLflow, training only feeds its pipe.
 
-MLflow's import, a slow or dead server and every error of theirs stay in the child
-(``python -m mnist_batchnorm.mlflow_sync.live_child``). Training imports this file and no more, so a change in how
-runs are logged does not make DVC train again.
+MLflow's import, a slow or dead server and all its errors stay in `mlflow_sync.live_child`. Training
+starts that module by name and does not import it, so a change in how runs are logged does not make
+DVC train again.
 """
 
 import contextlib
-import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 
 import click
 
+from mnist_batchnorm.core.child import MessageWriter, start_child, stop_child
 from mnist_batchnorm.core.paths import PARAMS_FILE
 
-GRACE = 1.0  # seconds to deliver the rest once training has ended
+CHILD = "mnist_batchnorm.mlflow_sync.live_child"
+DELIVERY_GRACE_S = 1.0  # to deliver the rest once training has ended
 
 
 class LiveRuns:
-    """Training's end of the pipe to the child: writing never blocks and never raises."""
+    """Training's end of the pipe to the child: never blocks and never raises.
 
-    def __init__(self, child: "subprocess.Popen[bytes]") -> None:
-        assert child.stdin is not None
+    Without a child nothing is logged; `mnist-bn sync` will do it from the files.
+    """
+
+    def __init__(self, child: "subprocess.Popen[bytes] | None") -> None:
         self._child = child
-        self._pipe = child.stdin.fileno()
-        self._unsent = b""
+        self._pipe = MessageWriter(child.stdin.fileno()) if child and child.stdin else None
         self._running: list[str] = []
-        self._params = _params()
-        os.set_blocking(self._pipe, False)
+        self._params = _params_text()
 
     def begin(self, variant: str, device: str) -> None:
-        """Hand over that a training has begun.
-
-        Args:
-            variant: ``bn`` or ``plain``.
-            device: where it runs, as PyTorch writes it: ``cpu``, ``cuda:0``.
-        """
+        """Log the start of a training."""
         self._running.append(variant)
         self._send({"variant": variant, "device": device, "params": self._params, "time": _now()})
 
     def log_epoch(self, variant: str, row: Mapping[str, float]) -> None:
-        """Hand over one row of a learning curve."""
         self._send({"variant": variant, **row, "time": _now()})
 
     def end(self, variant: str, status: str) -> None:
-        """Hand over how a training has ended, in MLflow's words: FINISHED, FAILED or KILLED."""
+        """Log the end of a training with MLflow's status FINISHED, FAILED or KILLED."""
         if variant in self._running:
             self._running.remove(variant)
             self._send({"variant": variant, "status": status})
 
-    def close(self, status: str, grace: float) -> bool:
-        """End what still runs, and the child.
-
-        Args:
-            status: of the trainings that have not ended.
-            grace: seconds that the child has for what is not delivered yet.
+    def close(self, status: str, grace_s: float) -> bool:
+        """End the trainings that still run with ``status``, and the child.
 
         Returns:
-            Whether all of it was delivered.
+            Whether the child delivered everything within ``grace_s`` seconds.
         """
-        assert self._child.stdin is not None
-        deadline = time.monotonic() + grace
+        if not (self._child and self._pipe):
+            return True
+        deadline = time.monotonic() + grace_s
         try:
             for variant in tuple(self._running):
                 self.end(variant, status)
-            while self._unsent and self._child.poll() is None and time.monotonic() < deadline:
+            while not self._pipe.flush() and time.monotonic() < deadline:
                 time.sleep(0.02)
-                self._flush()
-            self._child.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(max(0.0, deadline - time.monotonic()))
         finally:
-            self._child.kill()  # of no effect when it has ended by itself
-            self._child.wait()
-        return self._child.returncode == 0
+            exit_status = stop_child(self._child, max(0.0, deadline - time.monotonic()))
+        return exit_status == 0
 
     def _send(self, message: Mapping[str, object]) -> None:
-        self._unsent += json.dumps(message).encode() + b"\n"
-        self._flush()
-
-    def _flush(self) -> None:
-        """Write what the pipe takes now and keep the rest for the next call."""
-        try:
-            written = os.write(self._pipe, self._unsent)
-        except BlockingIOError:  # full: the child is busy
-            written = 0
-        except BrokenPipeError:  # the child is dead, which its exit status will say
-            written = len(self._unsent)
-        self._unsent = self._unsent[written:]
+        if self._pipe:
+            self._pipe.send(message)
 
 
-class Untracked(LiveRuns):
-    """Stands in where the child could not be started: the files will hold it all."""
-
-    def __init__(self) -> None:
-        self._running = []
-        self._params = ""
-
-    def close(self, status: str, grace: float) -> bool:
-        """Do nothing."""
-        return True
-
-    def _send(self, message: Mapping[str, object]) -> None:
-        pass
-
-
-def _params() -> str:
-    """Return what params.yaml says now: it may be edited before the child has come to read it."""
+def _params_text() -> str:
+    """Read params.yaml now, because it may be edited before the child has imported MLflow."""
     try:
         return PARAMS_FILE.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):  # which training itself will say
+    except (OSError, UnicodeDecodeError):  # training itself reports it
         return ""
 
 
 def _now() -> int:
-    return time.time_ns() // 1_000_000  # as MLflow counts
+    return time.time_ns() // 1_000_000  # milliseconds, as MLflow counts
 
 
-def _start_child() -> "subprocess.Popen[bytes] | None":
-    # -P: import the installed package, whatever lies in the working directory.
-    # A session of its own: Ctrl-C is for training, which tells the child how it ended.
+def _start() -> LiveRuns:
     try:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "mnist_batchnorm.mlflow_sync.live_child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        )
+        return LiveRuns(start_child(CHILD, stdin=subprocess.PIPE))
     except OSError as error:
         click.echo(f"warning: MLflow will not show this while it trains: {error}", err=True)
-        return None
+        return LiveRuns(None)
 
 
 @contextlib.contextmanager
@@ -141,11 +93,10 @@ def live_runs() -> Iterator[LiveRuns]:
     """Show trainings in MLflow while they run.
 
     What has not ended when the block ends is FINISHED if it ends well, KILLED on Ctrl-C and FAILED
-    on any other exception, which goes on to the caller. A tracker that is slow, down or broken
-    costs the caller at most the grace time at the end and two lines on stderr.
+    on any other exception, which propagates. A tracker that is slow, down or broken costs the
+    caller at most `DELIVERY_GRACE_S` and two lines on stderr.
     """
-    child = _start_child()
-    runs = LiveRuns(child) if child else Untracked()
+    runs = _start()
     status = "FAILED"
     try:
         yield runs
@@ -154,7 +105,7 @@ def live_runs() -> Iterator[LiveRuns]:
         status = "KILLED"
         raise
     finally:
-        if not runs.close(status, GRACE):
+        if not runs.close(status, DELIVERY_GRACE_S):
             click.echo(
                 "MLflow does not have all of this yet; `mnist-bn sync` (the last stage of "
                 "`dvc repro`) completes it from the files",

@@ -1,9 +1,9 @@
-"""TODO."""
+"""The parent of the training processes: shows their progress, logs it to live tracking, stops them.
 
-import json
-import os
+It imports neither PyTorch nor MLflow. The process of a network is `training.worker`.
+"""
+
 import selectors
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,48 +13,34 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from mnist_batchnorm.core.child import MessageReader, describe_exit, start_child, stop_child
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.files import discard
 from mnist_batchnorm.training.live import LiveRuns
 
+WORKER = "mnist_batchnorm.training.worker"
 
-class Training:
-    """One network's process, as seen from here.
 
-    Attributes:
-        variant: ``bn`` or ``plain``.
-        process: trains it.
-        events: what it tells, closed with its end.
-        checkpoint: file of its state after the last whole epoch; empty until it is known.
-        kept: how many epochs that file holds.
-        error: what ended it.
-    """
+class NetworkProcess:
+    """The process that trains one network."""
 
     def __init__(self, variant: str) -> None:
-        """Start it."""
         self.variant = variant
-        self.checkpoint = ""
-        self.kept = 0
+        self.checkpoint = ""  # file of the state after `saved_epochs`, once known
+        self.saved_epochs = 0
         self.error: Exception | None = None
         self._epochs = 0
-        # -P: import the installed package, whatever lies in the working directory. A session of
-        # its own: Ctrl-C is for this process, which stops that one.
-        self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-m", "mnist_batchnorm.training.worker", variant],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        self.events = self.process.stdout
+        self._process = start_child(WORKER, variant, stdout=subprocess.PIPE, warnings=True)
+        assert self._process.stdout
+        self._stdout = self._process.stdout
+        self.events = MessageReader(self._stdout.fileno())
 
-    def hear(self, event: dict[str, Any], tracker: LiveRuns, bar: "tqdm[Any]") -> None:
-        """Show and record what it tells."""
+    def on_event(self, event: dict[str, Any], tracker: LiveRuns, bar: "tqdm[Any]") -> None:
         match event:
-            case {"taken": taken}:
-                bar.update(taken)
-            case {"row": row, "kept": kept}:
-                self.kept = kept
+            case {"taken": steps}:
+                bar.update(steps)
+            case {"row": row, "kept": saved_epochs}:
+                self.saved_epochs = saved_epochs
                 tqdm.write(
                     f"{self.variant:5}  epoch {row['epoch']:>{len(str(self._epochs))}}"
                     f"/{self._epochs}"
@@ -63,96 +49,89 @@ class Training:
                     file=sys.stderr,
                 )
                 tracker.log_epoch(self.variant, row)
-            case {"device": device, "described": described, "epochs": epochs, "steps": steps}:
+            case {"device": device, "described": description, "epochs": epochs, "steps": steps}:
                 self._epochs = epochs
                 self.checkpoint = event["checkpoint"]
                 bar.total += epochs * steps
-                tqdm.write(f"training {self.variant} on {described}", file=sys.stderr)
+                tqdm.write(f"training {self.variant} on {description}", file=sys.stderr)
                 tracker.begin(self.variant, device)
             case {"error": "UserError", "message": message}:
                 self.error = UserError(message)
             case {"error": _, "message": message}:
                 self.error = CheckFailedError(message)
 
-    def ended(self, tracker: LiveRuns) -> None:
-        """Find out how it ended."""
-        status = self.process.wait()
-        self.events.close()
+    def on_exit(self, tracker: LiveRuns) -> None:
+        status = self._process.wait()
+        self._stdout.close()
         tracker.end(self.variant, "FAILED" if status else "FINISHED")
-        if status < 0:
-            name = signal.Signals(-status).name
-            hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            self.error = CheckFailedError(f"its process was ended by {name}{hint}")
-        elif status and not self.error:
-            self.error = CheckFailedError(f"its process ended with status {status}")
+        if status < 0 or (status and not self.error):
+            self.error = CheckFailedError(f"its process {describe_exit(status)}")
 
-    def stop(self) -> None:
-        """Stop it at once, wherever it is: its files are whole at every moment.
+    def kill(self) -> None:
+        """Kill the process: its files are complete at every moment.
 
-        Not by SIGINT, an exception, which PyTorch swallows while it imports NumPy.
+        SIGINT would not do: PyTorch swallows the exception while it imports NumPy.
         """
-        self.process.kill()  # of no effect when it has ended by itself
-        self.process.wait()
-        self.events.close()
+        stop_child(self._process)
+        self._stdout.close()
 
-    def where(self) -> str:
-        """Say where the same command would go on."""
+    def resume_point(self) -> str:
         if not self.checkpoint:
             return f"{self.variant} had not begun"
-        if not self.kept:
+        if not self.saved_epochs:
             return f"{self.variant} has no whole epoch yet"
-        return f"{self.variant} goes on after epoch {self.kept}, from {self.checkpoint}"
+        return f"{self.variant} goes on after epoch {self.saved_epochs}, from {self.checkpoint}"
 
 
-def told(trainings: Sequence[Training]) -> Iterator[tuple[Training, dict[str, Any]]]:
-    """Yield what the processes tell, as it comes, until all have ended."""
+def read_events(
+    processes: Sequence[NetworkProcess],
+) -> Iterator[tuple[NetworkProcess, dict[str, Any] | None]]:
+    """Yield events as they arrive, and None when a process closes its pipe, until all have."""
     with selectors.DefaultSelector() as selector:
-        rest = dict.fromkeys(trainings, b"")
-        for training in trainings:
-            selector.register(training.events, selectors.EVENT_READ, training)
+        for process in processes:
+            selector.register(process.events, selectors.EVENT_READ, process)
         while selector.get_map():
             for key, _ in selector.select():
-                training = key.data
-                chunk = os.read(key.fd, 1 << 16)
-                *lines, rest[training] = (rest[training] + chunk).split(b"\n")
-                for line in lines:
-                    yield training, json.loads(line)
-                if not chunk:
+                process = key.data
+                events = process.events.read()
+                if events is None:
                     selector.unregister(key.fileobj)
-                    yield training, {"ended": True}
+                    events = [None]
+                for event in events:
+                    yield process, event
 
 
-def train(variants: Sequence[str], tracker: LiveRuns) -> None:
-    """Train networks side by side, each to its files; one that fails does not stop the other.
+def train_in_parallel(variants: Sequence[str], tracker: LiveRuns) -> None:
+    """Train networks in parallel; one that fails does not stop the others.
 
     Raises:
         CheckFailedError: A loss is no longer finite, or a process was ended.
         UserError: A network could not be trained for another reason.
-        KeyboardInterrupt: After all have been stopped.
+        KeyboardInterrupt: After all processes have been killed.
     """
-    trainings = [Training(variant) for variant in variants]
+    processes = [NetworkProcess(variant) for variant in variants]
     with tqdm(total=0, unit="step", disable=None) as bar:
         try:
-            for training, event in told(trainings):
-                if "ended" in event:
-                    training.ended(tracker)
+            for process, event in read_events(processes):
+                if event is None:
+                    process.on_exit(tracker)
                 else:
-                    training.hear(event, tracker, bar)
+                    process.on_event(event, tracker, bar)
         except BaseException as error:
-            for training in trainings:
-                training.stop()
+            for process in processes:
+                process.kill()
             if isinstance(error, KeyboardInterrupt):
                 bar.close()
-                for training in trainings:
-                    click.echo(training.where(), err=True)
+                for process in processes:
+                    click.echo(process.resume_point(), err=True)
             raise
-    if failed := [training for training in trainings if training.error]:
-        mistake = all(isinstance(training.error, UserError) for training in failed)
+    if failed := [process for process in processes if process.error]:
+        only_mistakes = all(isinstance(process.error, UserError) for process in failed)
         text = "\n".join(
-            f"{training.variant}: {training.error}"
-            + (f"; {training.where()}" if training.kept else "")
-            for training in failed
+            f"{process.variant}: {process.error}"
+            + (f"; {process.resume_point()}" if process.saved_epochs else "")
+            for process in failed
         )
-        raise (UserError if mistake else CheckFailedError)(text)
-    for training in trainings:
-        discard(Path(training.checkpoint))
+        raise (UserError if only_mistakes else CheckFailedError)(text)
+    for process in processes:
+        discard(Path(process.checkpoint))

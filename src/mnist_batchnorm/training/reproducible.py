@@ -1,9 +1,9 @@
-"""Training with the same bits on every x86-64 processor that has AVX2, whoever made it.
+"""Training with the same bits on every x86-64 processor that has AVX2, of any vendor.
 
-What decides the last bits of a training on the CPU, besides the numbers that go in: the vector
-width that PyTorch's own kernels are compiled for (ATen capability), the branch that MKL takes for
-its matrix products (by instruction set and by vendor), and the number of threads. Fixed here, one
-way for all; the number of threads is 1 in any case (`fit.make_deterministic`).
+Besides its input, the last bits of a training on the CPU depend on the vector width of PyTorch's
+kernels (ATen capability), on MKL's branch for matrix products (by instruction set and by vendor),
+and on the number of threads. The first two are fixed here; the number of threads is always 1
+(`devices.make_deterministic`).
 """
 
 import os
@@ -17,26 +17,24 @@ from mnist_batchnorm.core.errors import UserError
 SETTINGS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
 
 
-def make_portable() -> None:
+def make_reproducible() -> None:
     """Fix what differs between processors; call it before PyTorch is imported.
 
-    Raises:
-        UserError: On this machine, or with this PyTorch, the bits would be others.
+    Raises a UserError if this machine or this PyTorch cannot compute the same bits.
     """
     if "torch" in sys.modules:
         raise RuntimeError("PyTorch is imported already, and has chosen its kernels")
     machine = platform.machine()
     if machine not in ("x86_64", "AMD64"):
-        raise unable(f"this processor is {machine}, not x86-64")
+        raise _unsupported(f"this processor is {machine}, not x86-64")
     os.environ.update(SETTINGS)
     import torch
 
     if not torch.cpu._is_avx2_supported():  # its kernels for AVX2 would be an illegal instruction
-        raise unable("this processor has no AVX2")
+        raise _unsupported("this processor has no AVX2")
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        raise unable(f"PyTorch {torch.__version__} here is a build without MKL")
+        raise _unsupported(f"PyTorch {torch.__version__} here is a build without MKL")
 
 
-def unable(why: str) -> UserError:
-    """Make the error for a machine on which a portable training cannot be had."""
+def _unsupported(why: str) -> UserError:
     return UserError(f"params.yaml: train.portable: {why}; set it to false")

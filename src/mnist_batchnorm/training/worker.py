@@ -1,39 +1,41 @@
-"""TODO."""
+"""The process that trains one network: ``python -m mnist_batchnorm.training.worker VARIANT``.
+
+`training.processes` starts it and reads its events.
+"""
 
 import gc
-import json
-import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from mnist_batchnorm.artifacts.curves import write_curve
-from mnist_batchnorm.core.errors import CheckFailedError, UserError, as_users_mistake
-from mnist_batchnorm.core.files import digest, write_json
+from mnist_batchnorm.artifacts.metrics import TrainMetrics, write_train_metrics
+from mnist_batchnorm.core.child import messages_to_parent
+from mnist_batchnorm.core.errors import CheckFailedError, UserError, as_expected_error
+from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import load_params
-from mnist_batchnorm.core.paths import MODELS, REPORTS, SPLITS
+from mnist_batchnorm.core.paths import CHECKPOINTS, SPLITS
 
-Tell = Callable[[dict[str, Any]], None]
-
-LEARNT = {name: SPLITS[name] for name in ("train", "valid")}
+TRAINING_DATA = {name: SPLITS[name] for name in ("train", "valid")}
 
 
-def work(variant: str, tell: Tell) -> None:
+def train_network(variant: str, send: Callable[[dict[str, Any]], None]) -> None:
     """Train one network; write its weights, learning curve and last epoch's metrics.
 
     Args:
         variant: ``bn`` or ``plain``.
-        tell: takes the events that `Training.hear` understands.
+        send: called with the events that `NetworkProcess.on_event` handles.
     """
     gc.disable()  # a fifth of the time that PyTorch takes to import; see cli.py
     params = load_params().train
     if params.portable:
-        from mnist_batchnorm.training.reproducible import make_portable
+        from mnist_batchnorm.training.reproducible import make_reproducible
 
-        make_portable()
+        make_reproducible()
     from mnist_batchnorm.network.model import Checkpoint, save_checkpoint
-    from mnist_batchnorm.training.checkpoint import Unfinished, identity
+    from mnist_batchnorm.training.checkpoint import TrainingCheckpoint, cache_key
     from mnist_batchnorm.training.devices import (
         DeviceSplit,
         describe_device,
@@ -45,16 +47,18 @@ def work(variant: str, tell: Tell) -> None:
     gc.enable()
     device = resolve_device("cpu" if params.portable else params.device)
     make_deterministic()
-    train, valid = (DeviceSplit.load(path, device) for path in LEARNT.values())
-    asked = params.model_dump(mode="json", exclude={"device"})  # auto or cpu: the same
-    unfinished = Unfinished(variant, identity({"variant": variant, **asked}, LEARNT, device))
-    tell(
+    train, valid = (DeviceSplit.load(path, device) for path in TRAINING_DATA.values())
+    # not the device: auto and cpu give the same files
+    hyperparameters = params.model_dump(mode="json", exclude={"device"})
+    key = cache_key({"variant": variant, **hyperparameters}, TRAINING_DATA, device)
+    checkpoint = TrainingCheckpoint(variant, key)
+    send(
         {
             "device": str(device),
             "described": describe_device(device),
             "steps": steps_per_epoch(len(train.labels), params.batch_size),
             "epochs": params.epochs,
-            "checkpoint": str(unfinished.path),
+            "checkpoint": str(checkpoint.path),
         }
     )
     network = architecture(variant, params)
@@ -64,40 +68,38 @@ def work(variant: str, tell: Tell) -> None:
         train,
         valid,
         params,
-        on_epoch=lambda epoch: tell({"row": asdict(epoch), "kept": unfinished.epochs}),
-        progress=lambda taken: tell({"taken": taken}),
-        unfinished=unfinished,
+        on_epoch=lambda epoch: send({"row": asdict(epoch), "kept": checkpoint.epochs}),
+        progress=lambda taken: send({"taken": taken}),
+        checkpoint=checkpoint,
     )
     provenance = {
         "variant": variant,
         "train_sha256": digest(SPLITS["train"]),
-        "params": asked,
+        "params": hyperparameters,
         "device": device.type,
     }
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    save_checkpoint(MODELS / f"{variant}.safetensors", Checkpoint(network, state, provenance))
-    write_curve(REPORTS / f"curves/{variant}.csv", curve)
-    last = {"device": device.type, "torch": version("torch"), **asdict(curve[-1])}
-    write_json(REPORTS / f"metrics/train-{variant}.json", last)
+    save_checkpoint(CHECKPOINTS[variant], Checkpoint(network, state, provenance))
+    write_curve(variant, curve)
+    metrics = TrainMetrics(device=device.type, torch=version("torch"))
+    write_train_metrics(variant, metrics, curve[-1])
 
 
 def main(variant: str) -> int:
-    """Run `work`, tell its events on standard output, and its errors as the last of them."""
-    # whatever a library prints is not for the reader of events
-    with os.fdopen(os.dup(1), "wb", buffering=0) as events:
-        os.dup2(2, 1)
-
-        def tell(event: dict[str, Any]) -> None:
-            events.write(json.dumps(event).encode() + b"\n")
-
+    """Run `train_network`, send its events to the parent, and an expected error as the last."""
+    with messages_to_parent() as send:
         try:
-            work(variant, tell)
+            train_network(variant, send)
+        except BrokenPipeError:  # the parent has ended
+            return 1
         except (UserError, CheckFailedError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, BrokenPipeError):  # who started this is gone
-                return 1
-            known = as_users_mistake(error)
-            if known is None:
+            expected = as_expected_error(error)
+            if expected is None:
                 raise
-            tell({"error": type(known).__name__, "message": str(known)})
+            send({"error": type(expected).__name__, "message": str(expected)})
             return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
