@@ -127,7 +127,7 @@ def test_spellings_of_flatten(name: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "allowzero"), [([32, 6], 0), ([0, 6], 1), ([-1, 2, 3], 0), ([6, -1], 0)]
 )
-def test_reshape_that_is_no_flattening(shape: list[int], allowzero: int) -> None:
+def test_reshape_that_does_not_flatten(shape: list[int], allowzero: int) -> None:
     nodes = [node("Reshape", "x s", "y", allowzero=allowzero)]
     chain = read_chain(graph(nodes, {"s": np.array(shape)}, ("batch", 2, 3)))
     assert [step.operator for step in chain.steps] == ["Reshape"]
@@ -198,7 +198,7 @@ def test_dropout_in_training_mode_is_a_step() -> None:
     ]
 
 
-def test_field_that_is_not_onnx() -> None:
+def test_unknown_field() -> None:
     content = graph([linear()], {"w": W, "b": B}).SerializeToString() + b"\xfa\x3f\x03old"
     proto = decode(content)
     assert isinstance(proto, onnx.ModelProto)
@@ -209,13 +209,13 @@ def test_field_that_is_not_onnx() -> None:
     ("content", "problem"),
     [(b"", "the file is empty"), (b"\x08\x0a", "holds no graph"), (b"\xff", "not an ONNX file")],
 )
-def test_bytes_that_are_no_file(content: bytes, problem: str) -> None:
+def test_invalid_bytes(content: bytes, problem: str) -> None:
     found = decode(content)
     assert isinstance(found, str)
     assert problem in found
 
 
-def test_external_data_is_not_looked_for(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_data_is_not_loaded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.bin").write_bytes(W.tobytes())
     proto = graph([linear()], {"w": W, "b": B})

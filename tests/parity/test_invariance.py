@@ -49,7 +49,7 @@ class TestSetting:
         assert Setting(1000, "all", 1).rows(70, work=100) == 1000
         assert Setting(32, "all", 1).rows(70, work=100) == 64
 
-    def test_spends_no_more_on_a_large_network(self) -> None:
+    def test_runs_fewer_rows_of_a_large_network(self) -> None:
         assert Setting(1, "basic", 1).rows(10_000, work=10**7) == 40
         assert Setting(10_000, "all", 1).rows(10_000, work=2 * 10**5) == 10_000
         assert Setting(10_000, "basic", 1).rows(10_000, work=2 * 10**5) == 0
@@ -72,7 +72,7 @@ class TestHonest:
         }
 
     @pytest.mark.parametrize("fold", [False, True])
-    def test_may_depend_on_how_sums_are_taken_but_only_to_rounding(self, fold: bool) -> None:
+    def test_may_depend_on_the_order_of_sums_up_to_rounding(self, fold: bool) -> None:
         model = cnn()
         reference = Reference(model, layers_of(model, (2, 8, 8)), (2, 8, 8))
         check = judge(to_onnx(folded(model) if fold else model, (2, 8, 8)), reference)
@@ -82,7 +82,7 @@ class TestHonest:
             assert 0 <= difference["max_sigmas"] < 12
             assert difference["bit_equal"] == (difference["max_sigmas"] == 0)
 
-    def test_says_which_results_are_equal_to_the_bit(
+    def test_evidence_says_which_results_are_bit_equal(
         self, reference: Reference, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A level that computes the last layer in two parts, as one with other kernels might."""
@@ -175,7 +175,7 @@ class TestFaults:
         assert check.status == "failed"
         assert check.evidence["rows_coupled"] is True
 
-    def test_a_neighbours_nan_alone_is_seen(
+    def test_a_neighbors_nan_alone_is_detected(
         self, graph: onnx.ModelProto, reference: Reference
     ) -> None:
         """0 times the sum of the batch: nothing, unless there is a NaN in it."""
@@ -203,7 +203,7 @@ class TestFaults:
         assert check.status == "failed"
 
     @pytest.mark.parametrize("content", [b"", b"no model"])
-    def test_no_model_at_all_is_told_once(self, content: bytes, reference: Reference) -> None:
+    def test_an_invalid_model_is_reported_once(self, content: bytes, reference: Reference) -> None:
         check = judge(content, reference)
         assert check.status == "failed"
         assert len(check.problems) == 1
@@ -238,12 +238,12 @@ class TestFaults:
 
 
 class TestUnknownLayers:
-    def test_pass_when_equal_to_the_bit(self, graph: onnx.ModelProto) -> None:
+    def test_pass_if_bit_equal(self, graph: onnx.ModelProto) -> None:
         reference = Reference(mlp(), [], (12,), REAL)
         check = judge(graph, reference)
         assert check.status == ("passed" if all(bit_equal(check).values()) else "not judged")
 
-    def test_are_not_judged_when_not(self, graph: onnx.ModelProto) -> None:
+    def test_are_not_judged_if_not_bit_equal(self, graph: onnx.ModelProto) -> None:
         reference = Reference(mlp(), [], (12,), REAL)
         check = judge(append(graph, helper.make_node("Softmax", ["y"], ["z"], axis=0)), reference)
         assert check.status == "not judged"

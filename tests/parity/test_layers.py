@@ -5,7 +5,7 @@ from torch import nn
 from mnist_batchnorm.parity.layers import list_layers
 
 
-def test_nested_networks_are_one_list_without_what_has_no_effect() -> None:
+def test_nested_networks_are_flattened_without_layers_that_have_no_effect() -> None:
     inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model = nn.Sequential(inner, nn.Identity(), nn.Flatten(), nn.Dropout(), nn.Linear(144, 3))
     layers, problems = list_layers(model.eval(), (1, 8, 8))
@@ -27,7 +27,7 @@ def test_nested_networks_are_one_list_without_what_has_no_effect() -> None:
         (nn.Flatten(0), "keeps some axes"),
     ],
 )
-def test_layer_that_cannot_be_judged_is_named(layer: nn.Module, problem: str) -> None:
+def test_unsupported_layer_is_named(layer: nn.Module, problem: str) -> None:
     _, problems = list_layers(nn.Sequential(nn.ReLU(), layer).eval(), (2, 4, 4))
     assert len(problems) == 1
     assert problems[0].startswith("1 (")

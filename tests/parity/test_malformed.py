@@ -155,7 +155,7 @@ def test_truncated(judge: Judge, mlp: Case, keep: int) -> None:
     assert "file" in require_finding(judge(mlp.kept().SerializeToString()[:keep]))
 
 
-def test_no_onnx(judge: Judge) -> None:
+def test_html_instead_of_onnx(judge: Judge) -> None:
     assert "file" in require_finding(judge(b"<html>not found</html>"))
 
 
@@ -175,7 +175,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gate, bytes]:
     return gate, graph.SerializeToString()
 
 
-def test_the_small_file_is_honest(small: tuple[Gate, bytes], tmp_path: Path) -> None:
+def test_the_small_file_passes(small: tuple[Gate, bytes], tmp_path: Path) -> None:
     gate, good = small
     path = tmp_path / "good.onnx"
     path.write_bytes(good)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mnist_batchnorm.parity.probes import check_probes, relative_errors
 from mnist_batchnorm.parity.reference import Reference
-from mnist_batchnorm.parity.report import LARGEST, Check
+from mnist_batchnorm.parity.report import LARGEST_ERROR, Check
 from mnist_batchnorm.parity.runtime import LEVELS, Passes
 from tests.support.parity_networks import Shape, append, cnn, folded, layers_of, mlp, to_onnx
 
@@ -49,7 +49,7 @@ def changed(graph: onnx.ModelProto, tensor: str, factor: float) -> onnx.ModelPro
 
 HONEST: list[tuple[nn.Sequential, Shape]] = [
     *((mlp(seed, gain=gain), (12,)) for seed in range(4) for gain in (1.0, 4.0)),
-    *((cnn(seed, gain=gain), (2, 8, 8)) for seed in range(3) for gain in (1.0, 4.0)),
+    *((cnn(gain=gain), (2, 8, 8)) for gain in (1.0, 4.0)),
 ]
 
 
@@ -62,7 +62,7 @@ class TestHonest:
             assert check.status == "passed", check.detail
             assert 0 < check.evidence["max_sigmas"] < 6
 
-    def test_says_how_far_from_the_limit(
+    def test_evidence_shows_the_distance_from_the_limit(
         self, graph: onnx.ModelProto, reference: Reference
     ) -> None:
         evidence = probe(graph, reference).evidence
@@ -133,7 +133,7 @@ class TestFaults:
         assert check.evidence["families"]["real"]["rows_beyond"] == 0
         assert check.evidence["families"]["one-hot"]["rows_beyond"] > 0
 
-    def test_numbers_in_place_of_nan_fail(
+    def test_numbers_instead_of_nan_fail(
         self, graph: onnx.ModelProto, reference: Reference
     ) -> None:
         """As a preprocessing that replaces NaN would: finite inputs show nothing."""
@@ -154,12 +154,10 @@ class TestFaults:
             "inputs with NaN: 4 of 4 give NaN or infinity elsewhere than PyTorch",
         ]
 
-    def test_nan_everywhere_is_no_number(
-        self, graph: onnx.ModelProto, reference: Reference
-    ) -> None:
+    def test_nan_everywhere_is_an_error(self, graph: onnx.ModelProto, reference: Reference) -> None:
         broken = append(graph, helper.make_node("Mul", ["y", "nan"], ["z"]), nan=np.float32(np.nan))
         check = probe(broken, reference)
-        assert check.evidence["max_sigmas"] == LARGEST
+        assert check.evidence["max_sigmas"] == LARGEST_ERROR
         assert check.evidence["families"]["real"]["got"] is None
         assert "output 0: not finite, float64 gives" in check.detail
 
@@ -174,7 +172,7 @@ class TestFaults:
             (helper.make_node("Concat", ["y", "y"], ["z"], axis=1), "gives float32 [n, 8]"),
         ],
     )
-    def test_outputs_of_another_kind_are_told_once(
+    def test_an_output_of_another_type_or_shape_is_reported_once(
         self, graph: onnx.ModelProto, reference: Reference, node: onnx.NodeProto, message: str
     ) -> None:
         other = append(graph, node)
@@ -203,7 +201,7 @@ class TestFaults:
 
 
 class TestWeakness:
-    def test_a_unit_that_no_probe_exercises_fails(
+    def test_a_unit_that_no_probe_covers_fails(
         self, graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
@@ -211,14 +209,14 @@ class TestWeakness:
             lambda shape, real: {"normal": np.ones((1, 12), np.float32)},
         )
         monkeypatch.setattr(
-            "mnist_batchnorm.parity.reference.search", lambda layers, sides, starts: starts[:1]
+            "mnist_batchnorm.parity.reference.find_inputs", lambda layers, sides, starts: starts[:1]
         )
         check = probe(graph, Reference(mlp(), layers_of(mlp(), (12,)), (12,)))
         assert check.status == "failed"
         assert "probes too weak: no input was found for 2[" in check.detail
         assert len(check.evidence["unexercised"]) == check.evidence["units"] == 14
 
-    def test_a_unit_that_cannot_be_exercised_is_no_fault(self) -> None:
+    def test_an_unreachable_side_of_a_unit_is_not_a_fault(self) -> None:
         model = mlp()
         norm = model[1]
         assert isinstance(norm, nn.BatchNorm1d)

@@ -140,11 +140,10 @@ class TestPasses:
         monkeypatch.setattr(Session, "run", count)
         passes = Passes(content)
         for _ in range(2):
-            passes.run("some", INPUTS, batch_size=5)
-            passes.run("some", INPUTS, batch_size=10)
+            passes.run("some", INPUTS)
             passes.run("others", INPUTS[:3])
             passes.run("others", INPUTS[:3], "disabled")
-        assert batches == [5, 5, 10, 3, 3]
+        assert batches == [10, 3, 3]
 
     def test_sessions_are_kept(self, content: bytes) -> None:
         passes = Passes(content)

@@ -1,11 +1,9 @@
-"""Honest exports: the ways in which people make a file of a network, and make it simpler."""
+"""Correct exports: the common exporters and simplifiers."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-import onnxsim
-import onnxslim
 
 from tests.support.parity_cases import Case, legacy_export
 
@@ -13,11 +11,15 @@ Export = Callable[[Case], onnx.ModelProto]
 
 
 def simplified(graph: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxsim  # 1 s
+
     simple, _ = onnxsim.simplify(graph)
     return simple
 
 
 def slimmed(graph: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxslim  # 1 s
+
     slim = onnxslim.slim(graph)
     assert isinstance(slim, onnx.ModelProto)
     return slim
@@ -38,7 +40,7 @@ HONEST: dict[str, Export] = {
 
 
 def make_honest(name: str, case: Case, folder: Path) -> Path:
-    """Write an honest export of a case to a folder; return the ONNX file's path."""
+    """Write a correct export of a case to a folder; return the ONNX file's path."""
     path = folder / f"{case.weights.stem}-{name}.onnx"
     onnx.save(HONEST[name](case), path)
     return path

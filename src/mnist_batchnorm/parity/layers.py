@@ -1,4 +1,4 @@
-"""Which networks the gate knows: the layers of an nn.Sequential, one by one."""
+"""The layers that the gate can judge: an nn.Sequential, flattened."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,21 +6,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-KNOWN = {
-    nn.Linear,
-    nn.Conv2d,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Flatten,
+OPERATORS: dict[type[nn.Module], str] = {  # ONNX operator of each layer type that is supported
+    nn.Linear: "Linear",
+    nn.Conv2d: "Conv",
+    nn.BatchNorm1d: "BatchNormalization",
+    nn.BatchNorm2d: "BatchNormalization",
+    nn.ReLU: "Relu",
+    nn.ReLU6: "Clip",
+    nn.LeakyReLU: "LeakyRelu",
+    nn.PReLU: "PRelu",
+    nn.MaxPool2d: "MaxPool",
+    nn.AvgPool2d: "AveragePool",
+    nn.AdaptiveAvgPool2d: "GlobalAveragePool",
+    nn.Flatten: "Flatten",
 }
-WITHOUT_EFFECT = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity}  # in eval mode
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+LinearOrConv = nn.Linear | nn.Conv2d  # layers into which a batch norm right after can be folded
+NO_EFFECT = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity}  # in eval mode
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Layer:
     """One layer of a network.
 
     Attributes:
-        name: in the ``state_dict``, without a parameter's own name: ``bn1``.
-        module: it, in eval mode, with its weights.
-        shape: of one output, without the batch axis.
+        name: prefix of its parameters in the ``state_dict``: ``bn1``.
+        module: the layer with its weights, in eval mode.
+        shape: shape of one output, without the batch axis.
     """
 
     name: str
@@ -41,24 +43,24 @@ class Layer:
 def list_layers(
     model: nn.Sequential, input_shape: tuple[int, ...]
 ) -> tuple[list[Layer], list[str]]:
-    """List a network's layers that compute something in eval mode, in order.
+    """List a network's layers in order, without those that have no effect in eval mode.
 
     Args:
-        model: in eval mode, on the CPU; it may hold other nn.Sequential.
-        input_shape: of one input, without the batch axis.
+        model: network in eval mode, on the CPU; may contain other nn.Sequential.
+        input_shape: shape of one input, without the batch axis.
 
     Returns:
-        The layers, and what the gate cannot judge about them: empty, or a text for each layer.
+        The layers, and a text for each that the gate cannot judge.
 
     Raises:
-        RuntimeError: The network does not take inputs of that shape.
+        RuntimeError: The network does not accept inputs of that shape.
     """
     layers = []
     value = torch.zeros(1, *input_shape)
     with torch.inference_mode():
         for name, module in _flatten(model, ""):
             value = module(value)
-            if type(module) not in WITHOUT_EFFECT:
+            if type(module) not in NO_EFFECT:
                 layers.append(Layer(name, module, tuple(value.shape[1:])))
     problems = [
         f"{layer.name} ({type(layer.module).__name__}) {problem}"
@@ -77,14 +79,9 @@ def _flatten(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module
 
 
 def unsupported(module: nn.Module) -> str:
-    """Say what keeps the gate from judging a layer; empty when nothing does.
-
-    Beyond `KNOWN`: batch norm keeps running statistics, padding is a number of zeros, adaptive
-    pooling is to one pixel, Flatten begins at the first axis after the batch. A subclass may
-    compute anything, and so is not known.
-    """
+    """Return why the gate cannot judge a layer; empty if it can."""
     match module:
-        case _ if type(module) not in KNOWN:
+        case _ if type(module) not in OPERATORS:  # a subclass may compute anything
             problem = "is not a layer the gate knows"
         case nn.Conv2d() if module.padding_mode != "zeros" or isinstance(module.padding, str):
             problem = "pads with something else than a number of zeros"

@@ -1,24 +1,21 @@
-"""Does the file say what made it, and nothing that is not so?"""
+"""Check ``provenance``: the file's metadata about its origin is correct."""
 
 from collections import Counter
 from collections.abc import Mapping
 
 import onnx
 
-from mnist_batchnorm.parity.graph import parts
+from mnist_batchnorm.parity.graph import messages_in
 from mnist_batchnorm.parity.report import Check, verdict
 
 
 def check_provenance(
     proto: onnx.ModelProto, expected: Mapping[str, str], *, required: bool
 ) -> Check:
-    """Compare the file's metadata with what its maker should have written there.
+    """Compare ``metadata_props`` with the expected keys and values.
 
-    Args:
-        proto: the ONNX model.
-        expected: keys and values of ``metadata_props``.
-        required: whether they must all be there, and nothing else: no other key, no doc string,
-            no metadata below the model's own, where exporters leave paths of their machine.
+    If they are ``required``, all must be present and nothing else: no other key, doc string or
+    metadata inside the graph, where exporters leave paths of their machine.
     """
     embedded = {entry.key: entry.value for entry in proto.metadata_props}
     problems = [
@@ -34,9 +31,11 @@ def check_provenance(
         if unknown := sorted(embedded.keys() - expected.keys()):
             problems.append(f"metadata that export does not write: {', '.join(unknown)}")
         problems += _remark_problems(proto)
-    said = len(expected) - len(missing)
+    correct = len(expected) - len(missing)
     detail = (
-        f"all {said} statements about its origin hold" if said else "says nothing of its origin"
+        f"all {correct} statements about its origin hold"
+        if correct
+        else "says nothing of its origin"
     )
     return verdict("provenance", problems, detail, {"embedded": embedded, "missing": missing})
 
@@ -44,7 +43,7 @@ def check_provenance(
 def _remark_problems(proto: onnx.ModelProto) -> list[str]:
     remarks = Counter(
         f"{field.name} of {part.DESCRIPTOR.name}"
-        for part in parts(proto)
+        for part in messages_in(proto)
         for field, _ in part.ListFields()
         if field.name == "doc_string" or (field.name == "metadata_props" and part is not proto)
     )

@@ -1,4 +1,4 @@
-"""Does the checkpoint, exported afresh, give the same graph to the last bit?"""
+"""Check ``re-export``: a new export of the checkpoint gives the same graph to the last bit."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,43 +8,34 @@ import torch
 from torch import nn
 
 from mnist_batchnorm.network.onnx import trace
-from mnist_batchnorm.parity.graph import Array, Chain, Step, read_chain
+from mnist_batchnorm.parity.graph import Chain, read_chain
+from mnist_batchnorm.parity.layers import BatchNorm
+from mnist_batchnorm.parity.operators import Array, Step
 from mnist_batchnorm.parity.report import Check, one_line, verdict
 from mnist_batchnorm.parity.structure import Pair, match
-from mnist_batchnorm.parity.weights import Fused, affine, bits, fused, tensors_of
+from mnist_batchnorm.parity.weights import WeightedLayer, affine, bits, tensors_of, weighted_layers
 
 
 @dataclass(frozen=True)
 class FreshExport:
-    """The checkpoint's network, exported when first asked for, once for all files.
-
-    Attributes:
-        model: in eval mode, with the checkpoint's weights.
-        input_shape: of one input, without the batch axis.
-    """
+    """Exports the checkpoint's network, in eval mode, once for all files."""
 
     model: nn.Sequential
     input_shape: tuple[int, ...]
 
     @cached_property
     def chains(self) -> dict[bool, Chain]:
-        """What today's exporter writes, by whether batch norm is folded."""
+        """The new exports, by whether batch norm is folded."""
         graphs = trace(self.model, self.input_shape)
         return {folded: read_chain(graph) for folded, graph in graphs.items()}
 
 
 def check_reexport(fresh: FreshExport, chain: Chain, pairs: list[Pair]) -> Check:
-    """Compare the file with what the exporter makes of the checkpoint today.
+    """Compare the file, read into ``chain``, with a new export of the checkpoint.
 
-    Operators, attributes and tensors are compared as `read_chain` reads them, so that names,
-    metadata and spelling do not count; every bit of every number does. Another tool that folds
-    batch norm may round gamma / sqrt(var + eps) in its own way: see `own_fold`.
-
-    Args:
-        fresh: the checkpoint's network.
-        chain: the file.
-        pairs: its steps, matched with the network's layers; empty when the gate does not know
-            all of these.
+    Names, metadata and equivalent spellings do not count (see `read_chain`), every bit of every
+    number does. Another tool that folds batch norm may round gamma / sqrt(var + eps) in its own
+    way: see `is_known_fold`. ``pairs`` is empty if the network has unsupported layers.
     """
     try:
         chains = fresh.chains
@@ -59,7 +50,7 @@ def check_reexport(fresh: FreshExport, chain: Chain, pairs: list[Pair]) -> Check
     ]
     if forms:
         how = f"equal, bit for bit, to {exporter}"
-        if len(forms) < len(chains):  # else there is no batch norm that could be folded
+        if len(forms) < len(chains):  # else the network has no batch norm to fold
             how += f" with batch norm {forms[0]}"
         return Check("re-export", "passed", how, {"equal_to": " and ".join(forms)})
     if not pairs:
@@ -106,7 +97,7 @@ def _differing(array: Array | None, other: Array | None) -> int:
     if array is None or other is None:
         given = array if other is None else other
         assert given is not None
-        return int(np.count_nonzero(given))  # a bias of zeros is none
+        return int(np.count_nonzero(given))  # a bias of zeros equals a missing one
     if array.shape != other.shape or array.dtype != other.dtype:
         return max(array.size, other.size)
     if array.dtype != np.float32:
@@ -115,17 +106,13 @@ def _differing(array: Array | None, other: Array | None) -> int:
 
 
 def _layer_differences(pairs: list[Pair], chains: dict[bool, Chain]) -> tuple[list[str], list[str]]:
-    """Compare layer by layer: one tool keeps what another folds.
-
-    Returns:
-        What differs, and the layers that only `own_fold` explains.
-    """
+    """Return the differences by layer, and the layers that only `is_known_fold` explains."""
     layers = [pair.layer for pair in pairs if pair.layer is not None]
     steps = {
         folded: {p.layer.name: p.step for p in match(layers, new.steps) if p.layer and p.step}
         for folded, new in chains.items()
     }
-    holds = {part.layer.name: part for part in fused(pairs)}
+    holds = {part.layer.name: part for part in weighted_layers(pairs)}
     problems, own = [], []
     for pair in pairs:
         if pair.layer is None or pair.step is None:
@@ -138,23 +125,23 @@ def _layer_differences(pairs: list[Pair], chains: dict[bool, Chain]) -> tuple[li
         folded = part is not None and part.batch_norm is not None
         new = steps[folded].get(pair.layer.name)
         found = _step_differences(pair.step, new) if new else [f"{pair.step.where} is new"]
-        if found and part is not None and folded and own_fold(part):
+        if found and part is not None and folded and is_known_fold(part):
             own.append(pair.layer.name)
         else:
             problems += found
     return problems, own
 
 
-def own_fold(part: Fused) -> bool:
-    """Tell whether a known float32 fold explains every bit of a folded layer.
+def is_known_fold(part: WeightedLayer) -> bool:
+    """Whether the float32 fold of a known tool explains every bit of a folded layer.
 
     All round s = gamma / sqrt(var + eps), the products s w and (b - mean) s + beta, after each
     operation, in this order: onnxscript, onnx-simplifier and onnxslim as NumPy does, TorchScript's
-    exporter with torch's own square root, whose last bit may differ. A flipped bit is neither.
+    exporter with torch's own square root, whose last bit may differ.
     """
     assert part.batch_norm is not None
     batch_norm = part.batch_norm.module
-    assert isinstance(batch_norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(batch_norm, BatchNorm)
     own, norm = tensors_of(part.layer), affine(part.batch_norm)
     variance = norm["running_var"]
     scales = (

@@ -1,4 +1,4 @@
-"""What the checkpoint's network computes, and how sure that is, for inputs of every kind."""
+"""The reference: exact outputs of the checkpoint's network on probe inputs, and their rounding."""
 
 import copy
 from collections.abc import Sequence
@@ -11,50 +11,52 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mnist_batchnorm.core.arrays import Float32, Float64
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.threads import one_thread
-from mnist_batchnorm.parity.bounds import propagate
-from mnist_batchnorm.parity.exercise import Exercise, Side, search, unreachable
+from mnist_batchnorm.parity.coverage import (
+    ActivationCoverage,
+    ActivationSide,
+    find_inputs,
+    unreachable_sides,
+)
+from mnist_batchnorm.parity.error_model import propagate_errors
 from mnist_batchnorm.parity.layers import Layer
 from mnist_batchnorm.parity.report import finite
-from mnist_batchnorm.parity.runtime import Float32, WrongOutputError
+from mnist_batchnorm.parity.runtime import WrongOutputError
 
-Float64 = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.integer[Any]]
 
 REAL = "real"
-SAMPLE = 500  # inputs of each random or rescaled family
-ONE_HOT = 4096  # elements probed one by one, at most
-ONE_HOT_NUMBERS = 2**25  # in all one-hot inputs, at most: 128 MB
-STARTS = 8  # inputs of each family from which the search for others starts
+SAMPLE_SIZE = 500  # inputs of each random or rescaled family
+MAX_ONE_HOT_POSITIONS = 4096
+MAX_ONE_HOT_ELEMENTS = 2**25  # of all one-hot inputs: 128 MB
+STARTS_PER_FAMILY = 8  # inputs from which the search for uncovered units starts
 
 
 def probe_inputs(shape: tuple[int, ...], real: Float32 | None) -> dict[str, Float32]:
-    """Make finite inputs of every kind that may show a difference.
+    """Return families of finite inputs that may reveal a difference, float32 ``[n, *shape]``.
 
-    Args:
-        shape: of one input, without the batch axis.
-        real: inputs as the network meets them, ``[n, *shape]``; None where there are none.
-
-    Returns:
-        Families by name, float32 ``[n, *shape]`` each: the real ones; zeros, ones, normal and
-        uniform ones; real ones (or else uniform ones) stretched to raw pixels 0 ... 255, times
-        1e6, and shrunk to denormals; 1e4 and -1e4 at one element, for each element or for as many,
-        evenly spread, as `ONE_HOT` and `ONE_HOT_NUMBERS` allow.
+    The real inputs; zeros, ones, normal and uniform inputs; real (or else uniform) inputs scaled to
+    raw pixels 0 ... 255, by 1e6, and to denormals; 1e4 and -1e4 at one element, for every element
+    or for as many, evenly spaced, as the limits allow.
     """
     size = int(np.prod(shape))
     generator = np.random.default_rng(0)
-    uniform = generator.random((SAMPLE, *shape))
-    natural = uniform if real is None else real[:SAMPLE].astype(np.float64)
+    uniform = generator.random((SAMPLE_SIZE, *shape))
+    natural = uniform if real is None else real[:SAMPLE_SIZE].astype(np.float64)
     unit = natural / (np.abs(natural).max() or 1.0)
-    places = min(size, ONE_HOT, max(1, ONE_HOT_NUMBERS // (2 * size)))
-    one_hot = np.zeros((2, places, size), np.float32)
-    one_hot[:, np.arange(places), np.linspace(0, size - 1, places).astype(int)] = [[1e4], [-1e4]]
+    positions = min(size, MAX_ONE_HOT_POSITIONS, max(1, MAX_ONE_HOT_ELEMENTS // (2 * size)))
+    one_hot = np.zeros((2, positions, size), np.float32)
+    one_hot[:, np.arange(positions), np.linspace(0, size - 1, positions).astype(int)] = [
+        [1e4],
+        [-1e4],
+    ]
     families = {} if real is None else {REAL: real}
     families |= {
         "zeros": np.zeros((1, *shape), np.float32),
         "ones": np.ones((1, *shape), np.float32),
-        "normal": generator.normal(size=(SAMPLE, *shape)).astype(np.float32),
+        "normal": generator.normal(size=(SAMPLE_SIZE, *shape)).astype(np.float32),
         "uniform": uniform.astype(np.float32),
         "raw pixels": np.rint(255 * unit).astype(np.float32),
         "times 1e6": (1e6 * natural).astype(np.float32),
@@ -65,10 +67,7 @@ def probe_inputs(shape: tuple[int, ...], real: Float32 | None) -> dict[str, Floa
 
 
 def broken_inputs(natural: Float32) -> dict[str, Float32]:
-    """Make inputs that are not finite from the first of some that are, by what is wrong.
-
-    At four places of four inputs: NaN, infinity, minus infinity, both; and NaN everywhere.
-    """
+    """Return non-finite inputs: NaN everywhere; NaN or infinities at four positions of four."""
     rows = np.resize(natural, (4, *natural.shape[1:]))
     flat = rows.reshape(4, -1)
     at = np.linspace(0, flat.shape[1] - 1, 4).astype(int)
@@ -89,15 +88,15 @@ def broken_inputs(natural: Float32) -> dict[str, Float32]:
 
 @dataclass(frozen=True)
 class Family:
-    """Inputs of one kind, and what the network makes of them in eval mode.
+    """Inputs of one kind with the network's outputs in eval mode.
 
     Attributes:
-        name: of the kind.
+        name: family name.
         inputs: float32 ``[n, ...]``.
-        exact: float64 ``[n, outputs]``, of float64 arithmetic.
-        sigma: float64 ``[n, outputs]``, standard deviation of float32 rounding.
-        bound: float64 ``[n, outputs]``, which float32 rounding cannot exceed.
-        pytorch: float32 ``[n, outputs]``, of PyTorch's own float32.
+        exact: outputs in float64 arithmetic, ``[n, outputs]``.
+        sigma: standard deviation of float32 rounding, float64 ``[n, outputs]``.
+        bound: bound on float32 rounding, float64 ``[n, outputs]``.
+        pytorch: PyTorch's float32 outputs, ``[n, outputs]``.
     """
 
     name: str
@@ -109,37 +108,36 @@ class Family:
 
     @cached_property
     def judged(self) -> npt.NDArray[np.bool_]:
-        """Which outputs the error model tells something about: no float32 may overflow there."""
+        """Outputs that the error model covers: no float32 may overflow there."""
         known: npt.NDArray[np.bool_] = np.isfinite(self.exact) & np.isfinite(self.bound)
         return known & np.isfinite(self.sigma)
 
     @cached_property
     def size(self) -> Float64:
-        """Each row's largest exact output, ``[n]``."""
+        """Largest absolute exact output of each row, ``[n]``."""
         largest: Float64 = np.abs(self.exact).max(axis=1)
         return np.maximum(largest, np.finfo(np.float32).tiny)
 
     def errors(self, outputs: Float32) -> Float64:
-        """Return how far outputs lie from exact ones, ``[n, outputs]``; NaN is `LARGEST`."""
+        """Return the absolute errors, ``[n, outputs]``; `LARGEST_ERROR` for NaN."""
         with np.errstate(all="ignore"):
             return finite(np.abs(outputs - self.exact))
 
     def sigmas(self, outputs: Float32) -> Float64:
-        """Return `errors` in standard deviations of rounding; 0 where nothing can be judged."""
+        """Return `errors` in standard deviations of rounding; 0 for outputs not `judged`."""
         with np.errstate(all="ignore"):
             return np.where(self.judged, finite(self.errors(outputs) / self.sigma), 0.0)
 
 
 class Reference:
-    """What a network computes in eval mode; made once, compared with any number of files.
+    """What a network computes in eval mode, for comparison with any number of files.
 
     Args:
-        model: the network, float32, on the CPU, in eval mode.
-        layers: it, layer by layer; empty when it has layers that the gate does not know. Then
-            there is no error model, and all that can be compared is float64 and bits.
-        input_shape: of one input, without the batch axis.
-        inputs: real inputs, float32 ``[n, *input_shape]``; None to judge by synthetic ones alone.
-        labels: their classes, integers ``[n]``.
+        model: float32 network on the CPU, in eval mode.
+        layers: its layers; empty if it has unsupported ones. Then there is no error model.
+        input_shape: shape of one input, without the batch axis.
+        inputs: real inputs, float32 ``[n, *input_shape]``; None to use synthetic inputs alone.
+        labels: classes of the inputs, integers ``[n]``.
 
     Raises:
         UserError: The inputs or labels do not fit, or are not finite.
@@ -166,52 +164,51 @@ class Reference:
 
     @property
     def families(self) -> dict[str, Family]:
-        """Every kind of finite inputs, and what the network makes of them."""
+        """Every family of finite inputs by name."""
         return self._probed[0]
 
     @property
     def natural(self) -> Family:
-        """The real inputs or, where there are none, normal ones."""
+        """The real inputs or, without any, the normal ones."""
         return self.families[REAL if self._inputs is not None else "normal"]
 
     @property
     def units(self) -> int:
-        """How many units of the ReLU family the network has."""
+        """Number of units of the ReLU family."""
         return self._probed[1].units
 
     @property
-    def unexercised(self) -> list[Side]:
-        """Sides of units that some input may enter, but none of the families does."""
-        return [side for side in self._probed[1].missing if side not in self.out_of_reach]
+    def uncovered_sides(self) -> list[ActivationSide]:
+        """Sides of units that some input may enter, but no probe does."""
+        return [side for side in self._probed[1].uncovered if side not in self.unreachable_sides]
 
     @cached_property
-    def out_of_reach(self) -> list[Side]:
+    def unreachable_sides(self) -> list[ActivationSide]:
         """Sides of units that no input can enter."""
-        return unreachable(self.layers, self.input_shape, self._probed[1].missing)
+        return unreachable_sides(self.layers, self.input_shape, self._probed[1].uncovered)
 
     @cached_property
-    def _probed(self) -> tuple[dict[str, Family], Exercise]:
-        exercise = Exercise(self.layers)
+    def _probed(self) -> tuple[dict[str, Family], ActivationCoverage]:
+        coverage = ActivationCoverage(self.layers)
         inputs = probe_inputs(self.input_shape, self._inputs)
-        families = {name: self._family(name, rows, exercise) for name, rows in inputs.items()}
-        if missing := exercise.missing:
+        families = {name: self._family(name, rows, coverage) for name, rows in inputs.items()}
+        if uncovered := coverage.uncovered:
             kinds = [rows for name, rows in inputs.items() if name not in {"times 1e6", "denormal"}]
-            starts = np.concatenate([rows[:: max(1, len(rows) // STARTS)] for rows in kinds])
-            found = search(self.layers, missing, torch.from_numpy(starts)).numpy()
-            families["directed"] = self._family("directed", found, exercise)
-        return families, exercise
+            starts = np.concatenate(
+                [rows[:: max(1, len(rows) // STARTS_PER_FAMILY)] for rows in kinds]
+            )
+            found = find_inputs(self.layers, uncovered, torch.from_numpy(starts)).numpy()
+            families["directed"] = self._family("directed", found, coverage)
+        return families, coverage
 
     @cached_property
     def broken(self) -> dict[str, tuple[Float32, Float32]]:
-        """Inputs that are not finite with PyTorch's outputs, ``[n, outputs]``, by what is wrong.
-
-        With max pooling only inputs that are NaN throughout: PyTorch's maximum of NaN and a number
-        is NaN, that of ONNX Runtime 1.32 may be either. None where the gate knows too little.
-        """
+        """Non-finite inputs with PyTorch's outputs, ``[n, outputs]``, by kind."""
         inputs = broken_inputs(self.natural.inputs)
         if not self.layers:
             inputs = {}
         elif any(isinstance(layer.module, nn.MaxPool2d) for layer in self.layers):
+            # PyTorch's maximum of NaN and a number is NaN, that of ONNX Runtime 1.32 either
             inputs = {"all NaN": inputs["all NaN"]}
         return {
             name: (rows, self._pytorch(rows).reshape(len(rows), -1))
@@ -220,7 +217,7 @@ class Reference:
 
     @cached_property
     def work(self) -> int:
-        """How many multiply-adds one input takes, about."""
+        """Approximate multiply-adds per input."""
         counts = []
 
         def count(module: nn.Module, _: Any, output: Any) -> None:
@@ -237,11 +234,11 @@ class Reference:
                 handle.remove()
         return max(1, sum(counts))
 
-    def rows(self, output: npt.NDArray[Any]) -> Float32:
-        """Return a file's output as float32 ``[n, outputs]``.
+    def flatten(self, output: npt.NDArray[Any]) -> Float32:
+        """Flatten a file's output to float32 ``[n, outputs]``.
 
         Raises:
-            WrongOutputError: It has another type or shape than the network's.
+            WrongOutputError: Its type or shape is not that of the network's output.
         """
         if output.dtype != np.float32 or output.shape[1:] != self.output_shape:
             got, expected = (
@@ -256,11 +253,11 @@ class Reference:
             outputs: Float32 = self.model(torch.from_numpy(inputs)).numpy()
         return outputs
 
-    def _family(self, name: str, inputs: Float32, exercise: Exercise) -> Family:
+    def _family(self, name: str, inputs: Float32, coverage: ActivationCoverage) -> Family:
         tensor = torch.from_numpy(inputs)
         with torch.inference_mode(), one_thread():
             if self.layers:
-                signal = propagate(self.layers, tensor, exercise.observe)
+                signal = propagate_errors(self.layers, tensor, coverage.observe)
                 answers = [signal.value, signal.variance.sqrt(), signal.bound]
             else:
                 exact = copy.deepcopy(self.model).double()(tensor.double())
@@ -272,8 +269,8 @@ class Reference:
 
 def _checked(inputs: Float32, labels: Labels | None, shape: tuple[int, ...]) -> Float32:
     if inputs.shape[1:] != shape or not len(inputs):
-        wanted = ", ".join(map(str, ("n", *shape)))
-        raise UserError(f"the inputs have shape {list(inputs.shape)}, expected [{wanted}], n > 0")
+        expected = ", ".join(map(str, ("n", *shape)))
+        raise UserError(f"the inputs have shape {list(inputs.shape)}, expected [{expected}], n > 0")
     if inputs.dtype != np.float32:
         raise UserError(f"the inputs are {inputs.dtype}, expected float32")
     if not np.isfinite(inputs).all():

@@ -1,32 +1,39 @@
-"""What the gate says: a status, a sentence and numbers a check, and the likely mistake by name."""
+"""The gate's report: one status with its evidence per check, and the likely mistakes by name.
 
+Free of PyTorch and ONNX, so that readers of ``reports/parity.json`` can import its types.
+"""
+
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+
+from mnist_batchnorm.core.arrays import Float64
 
 Status = Literal["passed", "failed", "not judged"]
+Verdict = Literal["parity", "no parity", "unproven"]
 
-CHECKS = (  # all of them, in the order of a report
+CHECKS = (  # in the order of a report
     *("file", "provenance", "structure", "weights", "re-export"),
     *("probes", "invariance", "behaviour"),
 )
-LARGEST = 1e300  # stands for NaN and infinity, which JSON does not know
-SHOWN = 3  # problems in the sentence; all of them are in the evidence
-WIDTH = 100  # columns of the table
+LARGEST_ERROR = 1e300  # replaces NaN and infinity, which JSON does not have
+MAX_SHOWN = 3  # problems in a check's sentence, diagnoses in the table; the JSON has all
+TABLE_WIDTH = 100  # characters
+MARKS = {"passed": "ok", "failed": "FAILED", "not judged": "not judged"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check.
+    """The result of one check.
 
     Attributes:
         name: one of `CHECKS`.
-        status: whether what it checks holds; ``not judged`` where the gate cannot tell.
+        status: ``not judged`` if the gate lacks what it needs to judge.
         detail: one sentence: what holds, or what differs, where and by how much.
-        evidence: JSON-serializable facts, the worst case and its distance from the limit among
-            them; of a failed check ``problems``, every one.
+        evidence: JSON-serializable numbers, including the worst case and its distance from the
+            limit; a failed check lists all its ``problems``.
     """
 
     name: str
@@ -42,21 +49,21 @@ class Check:
 
 
 def verdict(name: str, problems: list[str], success: str, evidence: dict[str, Any]) -> Check:
-    """Make a check that passes when there are no problems, and otherwise tells the first ones."""
+    """Return a check that passes if there are no problems, and otherwise shows the first ones."""
     if not problems:
         return Check(name, "passed", success, evidence)
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    detail = "; ".join([*problems[:SHOWN], *more])
+    more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+    detail = "; ".join([*problems[:MAX_SHOWN], *more])
     return Check(name, "failed", detail, evidence | {"problems": problems})
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A mistake that would explain what the checks found.
+    """A mistake that would explain the failed checks.
 
     Attributes:
-        id: its name for programs: ``training-mode``; docs/parity.md lists them.
-        text: for people, with the evidence.
+        id: stable name, such as ``training-mode``; docs/parity.md lists them.
+        text: explanation with the evidence.
     """
 
     id: str
@@ -64,18 +71,63 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """What the gate found about one ONNX file.
+class Accuracy:
+    """Share of correct predictions; None without labels."""
+
+    onnxruntime: float | None
+    pytorch: float | None
+    float64: float | None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Inputs by their largest error, in standard deviations of float32 rounding.
 
     Attributes:
-        onnx: the file, as the caller named it.
-        onnx_sha256: of the bytes that were judged, so that no verdict is used for others.
-        weights: the checkpoint, as the caller named it.
-        weights_sha256: of its bytes.
-        checks: every check, in order.
-        diagnoses: what may have gone wrong, the likeliest first; empty when nothing did.
-        errors: each real input's largest error over its largest logit, at any optimization
-            level, float64 ``[n]``; None when the file does not run or no inputs were given.
+        edges: bin edges, ascending; the last is the alarm.
+        counts: inputs per bin, followed by the inputs beyond the alarm.
+
+    Raises:
+        ValueError: The lengths do not fit.
+    """
+
+    edges: list[float]
+    counts: list[int]
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.edges) == len(self.counts):
+            raise ValueError(f"{len(self.edges)} edges and {len(self.counts)} counts do not fit")
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    """Key figures of one ONNX file, see docs/parity.md; None: not measured."""
+
+    max_relative_error: float | None
+    worst_sigmas: float | None
+    alarm_sigmas: float | None
+    tolerance: float | None
+    certified: int | None
+    argmax_differences: int | None
+    undecided: int | None
+    accuracy: Accuracy | None
+    histogram: Histogram | None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The gate's report on one ONNX file.
+
+    Attributes:
+        onnx: the file's path, as given.
+        onnx_sha256: hash of the judged bytes.
+        weights: the checkpoint's path, as given.
+        weights_sha256: hash of the checkpoint's bytes that the file was judged by.
+        checks: every check, in the order of `CHECKS`.
+        diagnoses: likely mistakes, the likeliest first; empty if no check failed.
+        errors: largest error of each real input over all optimization levels, relative to the
+            row's largest logit, float64 ``[n]``; None if the file does not run or no inputs were
+            given.
     """
 
     onnx: str
@@ -84,11 +136,11 @@ class ParityReport:
     weights_sha256: str
     checks: list[Check]
     diagnoses: list[Diagnosis]
-    errors: npt.NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    errors: Float64 | None = field(default=None, repr=False, compare=False)
 
     @property
-    def verdict(self) -> Literal["parity", "no parity", "unproven"]:
-        """``unproven`` when nothing failed but a check could not be judged."""
+    def verdict(self) -> Verdict:
+        """``unproven`` if no check failed but one could not be judged."""
         statuses = {check.status for check in self.checks}
         if "failed" in statuses:
             return "no parity"
@@ -100,64 +152,59 @@ class ParityReport:
         return self.verdict == "parity"
 
     def evidence(self, name: str) -> dict[str, Any]:
-        """Return the evidence of a check; empty when it did not come to run."""
+        """Return the evidence of a check; empty if it did not run."""
         return next((check.evidence for check in self.checks if check.name == name), {})
 
-    def summary(self) -> dict[str, Any]:
-        """Return the figures that people compare; None where one could not be measured."""
-        probes, behaviour = self.evidence("probes"), self.evidence("behaviour")
+    def summary(self) -> ParitySummary:
+        """Return the key figures."""
+        probes, behavior = self.evidence("probes"), self.evidence("behaviour")
         natural = probes.get("families", {}).get(probes.get("natural"), {})
-        histogram = probes.get("histogram")
-        if histogram is not None:
-            edges = [histogram["bin"] * i for i in range(len(histogram["counts"]))]
-            histogram = {"edges": edges, "counts": histogram["counts"]}
-        return {
-            "max_relative_error": natural.get("relative_error"),
-            "worst_sigmas": natural.get("sigmas"),
-            "alarm_sigmas": probes.get("alarm"),
-            "tolerance": probes.get("median_tolerance"),
-            "certified": probes.get("certified"),
-            "argmax_differences": behaviour.get("differences"),
-            "undecided": behaviour.get("undecided"),
-            "accuracy": behaviour.get("accuracy"),
-            "histogram": histogram,
-        }
+        accuracy, histogram = behavior.get("accuracy"), probes.get("histogram")
+        return ParitySummary(
+            max_relative_error=natural.get("relative_error"),
+            worst_sigmas=natural.get("sigmas"),
+            alarm_sigmas=probes.get("alarm"),
+            tolerance=probes.get("median_tolerance"),
+            certified=probes.get("certified"),
+            argmax_differences=behavior.get("differences"),
+            undecided=behavior.get("undecided"),
+            accuracy=accuracy and Accuracy(**accuracy),
+            histogram=histogram
+            and Histogram(
+                [histogram["bin"] * i for i in range(len(histogram["counts"]))],
+                histogram["counts"],
+            ),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON holds it; docs/parity.md describes each key."""
+        """Return the report as JSON content; docs/parity.md describes the keys."""
         return {
             "onnx": {"path": self.onnx, "sha256": self.onnx_sha256},
             "weights": {"path": self.weights, "sha256": self.weights_sha256},
             "verdict": self.verdict,
             "parity": self.parity,
-            "summary": self.summary(),
+            "summary": asdict(self.summary()),
             "diagnoses": [asdict(diagnosis) for diagnosis in self.diagnoses],
             "checks": [asdict(check) for check in self.checks],
         }
 
     def table(self) -> str:
-        """Return the report for people: the verdict, the likely mistake, a line a check."""
-        marks = {"passed": "ok", "failed": "FAILED", "not judged": "not judged"}
-        lines = [f"{self.onnx}: {self.verdict.upper() if not self.parity else 'parity'}"]
-        lines += [f"  likely: {diagnosis.text}" for diagnosis in self.diagnoses[:SHOWN]]
+        """Return the report as text: the verdict, likely mistakes, and one row per check."""
+        lines = [f"{self.onnx}: {self.verdict if self.parity else self.verdict.upper()}"]
+        lines += [f"  likely: {diagnosis.text}" for diagnosis in self.diagnoses[:MAX_SHOWN]]
         for check in self.checks:
-            head = f"  {marks[check.status]:<10}  {check.name:<10}  "
-            text = [*_wrapped(check.detail, WIDTH - len(head))]
-            lines += [head + text[0], *(" " * len(head) + line for line in text[1:])]
+            head = f"  {MARKS[check.status]:<10}  {check.name:<10}  "
+            lines += textwrap.wrap(
+                check.detail, TABLE_WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+            ) or [head]
         return "\n".join(lines)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width) or [""]
-
-
-def finite(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return errors with NaN, infinity and what is larger replaced by `LARGEST`."""
-    return np.fmin(errors, LARGEST)
+def finite(errors: Float64) -> Float64:
+    """Return errors with NaN and everything larger replaced by `LARGEST_ERROR`."""
+    return np.fmin(errors, LARGEST_ERROR)
 
 
 def one_line(error: Exception) -> str:
-    """Return the start of an exception's message without its line breaks."""
+    """Return the start of an exception's message without line breaks."""
     return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: quiet, with one kind of error, and no pass run twice."""
+"""ONNX Runtime on the CPU: without log output, with one error type, and with cached passes."""
 
 import os
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mnist_batchnorm.core.arrays import Float32
 from mnist_batchnorm.parity.report import one_line
 
-# Since 1.32 the Linux wheel too reports to Microsoft, and writes a device id to the home folder.
+# Since 1.32 the Linux wheel too sends telemetry, and writes a device id to the home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-Float32 = npt.NDArray[np.float32]
 Level = Literal["disabled", "basic", "extended", "all"]
 
 LEVELS: Mapping[Level, ort.GraphOptimizationLevel] = {
@@ -24,8 +24,8 @@ LEVELS: Mapping[Level, ort.GraphOptimizationLevel] = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-FATAL = 4  # log severity: what goes wrong, the exceptions say
-BATCH_SIZE = 1000  # of a pass where nothing depends on it
+LOG_FATAL = 4  # log severity: the exceptions carry the errors
+BATCH_SIZE = 1000  # default
 
 
 class RuntimeFailedError(Exception):
@@ -33,18 +33,12 @@ class RuntimeFailedError(Exception):
 
 
 class WrongOutputError(RuntimeFailedError):
-    """It runs, but what it gives is not of the expected kind."""
+    """The model runs, but its output has another type or shape than expected."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that ONNX Runtime has loaded.
-
-    Attributes:
-        input: name of the one input that must be given.
-        output: name of the output that is read, the first of several.
-        metadata: the file's own ``metadata_props``.
-    """
+    """A loaded model with one input, its first output, and its ``metadata_props``."""
 
     input: str
     output: str
@@ -55,8 +49,8 @@ class Session:
         """Run one batch, ``[n, ...]``.
 
         Raises:
-            RuntimeFailedError: It fails.
-            WrongOutputError: It gives something else than a tensor with a row for each input.
+            RuntimeFailedError: ONNX Runtime fails.
+            WrongOutputError: The output is not a tensor with one row per input.
         """
         try:
             (output,) = self._session.run([self.output], {self.input: batch})
@@ -71,11 +65,11 @@ class Session:
         return output
 
     def run_in_batches(self, inputs: Float32, batch_size: int) -> npt.NDArray[Any]:
-        """Run all inputs, ``batch_size`` at a time, the last batch what is left; joined.
+        """Run all inputs in batches, of which the last may be smaller, and join the outputs.
 
         Raises:
-            RuntimeFailedError: It fails.
-            WrongOutputError: As `run`, or the batches' outputs do not fit each other.
+            RuntimeFailedError: ONNX Runtime fails.
+            WrongOutputError: As `run`, or the batches' outputs differ in type or shape.
         """
         starts = range(0, len(inputs), batch_size) or [0]  # no inputs: one empty batch
         outputs = [self.run(inputs[start : start + batch_size]) for start in starts]
@@ -90,21 +84,16 @@ class Session:
 
 
 def load(content: bytes, level: Level = "all", threads: int = 1) -> Session:
-    """Load an ONNX file on the CPU provider.
-
-    Args:
-        content: the file.
-        level: how far ONNX Runtime may rewrite the graph.
-        threads: that share the work of one operator.
+    """Load an ONNX file on the CPU, with a graph optimization level and threads per operator.
 
     Raises:
-        RuntimeFailedError: It is no model that runs here, or does not take exactly one input.
+        RuntimeFailedError: The model cannot be loaded, or does not have exactly one input.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = FATAL
+    options.log_severity_level = LOG_FATAL
     try:
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         inputs = [node.name for node in session.get_inputs()]
@@ -121,43 +110,27 @@ def load(content: bytes, level: Level = "all", threads: int = 1) -> Session:
 
 
 class Passes:
-    """What an ONNX file gives, run as the checks ask, each pass once.
-
-    Args:
-        content: the file.
-    """
+    """Runs an ONNX file, and caches sessions and outputs."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
         self._sessions: dict[tuple[Level, int], Session] = {}
-        self._outputs: dict[tuple[str, Level, int, int], npt.NDArray[Any]] = {}
+        self._outputs: dict[tuple[str, Level], npt.NDArray[Any]] = {}
 
     def session(self, level: Level, threads: int = 1) -> Session:
-        """Load the file, once for each level and number of threads.
-
-        Raises:
-            RuntimeFailedError: As `load`.
-        """
+        """Load the file as `load`, once per level and number of threads."""
         key = (level, threads)
         if key not in self._sessions:
             self._sessions[key] = load(self._content, level, threads)
         return self._sessions[key]
 
-    def run(
-        self,
-        name: str,
-        inputs: Float32,
-        level: Level = "all",
-        threads: int = 1,
-        batch_size: int = BATCH_SIZE,
-    ) -> npt.NDArray[Any]:
-        """Run inputs through the file, ``[n, ...]``; the ``name`` stands for them.
+    def run(self, name: str, inputs: Float32, level: Level = "all") -> npt.NDArray[Any]:
+        """Run inputs, ``[n, ...]``, once per ``name`` and level.
 
         Raises:
             RuntimeFailedError: As `session` and `Session.run_in_batches`.
         """
-        key = (name, level, threads, batch_size)
+        key = (name, level)
         if key not in self._outputs:
-            session = self.session(level, threads)
-            self._outputs[key] = session.run_in_batches(inputs, batch_size)
+            self._outputs[key] = self.session(level).run_in_batches(inputs, BATCH_SIZE)
         return self._outputs[key]

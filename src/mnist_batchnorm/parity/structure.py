@@ -1,5 +1,6 @@
-"""Is the graph the network's: interface, operators in their order, every attribute?"""
+"""Check ``structure``: the graph's interface, operators and attributes are the network's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,37 +8,19 @@ import numpy as np
 import onnx
 from torch import nn
 
-from mnist_batchnorm.parity.graph import Chain, Step
-from mnist_batchnorm.parity.layers import Layer
+from mnist_batchnorm.parity.graph import Chain
+from mnist_batchnorm.parity.layers import OPERATORS, BatchNorm, Layer, LinearOrConv
+from mnist_batchnorm.parity.operators import Step
 from mnist_batchnorm.parity.report import Check, verdict
 
-OPERATORS = {
-    nn.Linear: "Linear",
-    nn.Conv2d: "Conv",
-    nn.BatchNorm1d: "BatchNormalization",
-    nn.BatchNorm2d: "BatchNormalization",
-    nn.ReLU: "Relu",
-    nn.ReLU6: "Clip",
-    nn.LeakyReLU: "LeakyRelu",
-    nn.PReLU: "PRelu",
-    nn.MaxPool2d: "MaxPool",
-    nn.AvgPool2d: "AveragePool",
-    nn.AdaptiveAvgPool2d: "GlobalAveragePool",
-    nn.Flatten: "Flatten",
-}
-OLDEST_OPSET = 9  # before it, batch norm normalized by the batch unless told otherwise
+OLDEST_OPSET = 9  # earlier, batch norm normalized by the batch by default
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a caller of the ONNX file relies on.
+    """Names, shapes and opset that callers of the ONNX file rely on; None for any.
 
-    Attributes:
-        input_shape: of one input, without the batch axis.
-        output_shape: of one output.
-        input_name: None for any.
-        output_name: None for any.
-        opset: of ONNX's own operators; None for any from `OLDEST_OPSET`.
+    Shapes are those of one input or output, without the batch axis.
     """
 
     input_shape: tuple[int, ...]
@@ -52,9 +35,9 @@ class Pair:
     """A layer and the step that computes it.
 
     Attributes:
-        layer: None when the graph has a step too many.
-        step: None when the graph lacks the layer.
-        folded: batch norm that the graph lacks, right after the Linear or Conv2d that may hold it.
+        layer: None if the step is additional.
+        step: None if the graph lacks the layer.
+        folded: the layer is a batch norm that may have been folded into the layer before it.
     """
 
     layer: Layer | None
@@ -69,26 +52,14 @@ def check_structure(
     interface: Interface,
     folded: bool | None,
 ) -> Check:
-    """Compare the graph with the network.
-
-    Args:
-        proto: the ONNX model.
-        chain: its operators, read.
-        pairs: them, matched with the network's layers.
-        interface: names, shapes and opset that its callers rely on.
-        folded: whether every batch norm must be folded into the layer before, or kept; None where
-            either will do.
-    """
+    """Compare the graph with the network; ``folded`` is the required form of batch norm, if any."""
+    graph = proto.graph
     problems = [
         *_extra_problems(proto),
         *_opset_problems(proto, interface.opset),
-        *_value_problems(
-            "input", list(proto.graph.input), interface.input_name, interface.input_shape
-        ),
-        *_value_problems(
-            "output", list(proto.graph.output), interface.output_name, interface.output_shape
-        ),
-        *_batch_problems(proto.graph, chain),
+        *_value_problems("input", graph.input, interface.input_name, interface.input_shape),
+        *_value_problems("output", graph.output, interface.output_name, interface.output_shape),
+        *_batch_problems(graph, chain),
         *chain.problems,
     ]
     for pair in pairs:
@@ -105,29 +76,29 @@ def check_structure(
 
 
 def match(layers: list[Layer], steps: list[Step]) -> list[Pair]:
-    """Match layers with steps so that as few as possible are missing, additional or replaced.
+    """Match layers with steps: the cheapest alignment (Needleman & Wunsch 1970).
 
-    The cheapest alignment of two sequences (Needleman & Wunsch 1970). A batch norm that is missing
-    right after a Linear or Conv2d costs next to nothing: it may have been folded.
+    A batch norm that is missing right after a Linear or Conv2d costs next to nothing, because it
+    may have been folded.
     """
     rows, columns = len(layers) + 1, len(steps) + 1
     cost = np.full((rows, columns), np.inf)
     cost[0, 0] = 0
-    came: dict[tuple[int, int], tuple[int, int]] = {}
+    came_from: dict[tuple[int, int], tuple[int, int]] = {}
     for i in range(rows):
         for j in range(columns):
             for di, dj, price in (
-                (1, 1, _replacing(layers[i - 1], steps[j - 1]) if i and j else np.inf),
-                (1, 0, _missing(layers, i - 1) if i else np.inf),
+                (1, 1, _replacement_cost(layers[i - 1], steps[j - 1]) if i and j else np.inf),
+                (1, 0, _missing_cost(layers, i - 1) if i else np.inf),
                 (0, 1, 1.0 if j else np.inf),
             ):
                 if price < np.inf and cost[i - di, j - dj] + price < cost[i, j]:
                     cost[i, j] = cost[i - di, j - dj] + price
-                    came[i, j] = (di, dj)
+                    came_from[i, j] = (di, dj)
     pairs = []
     i, j = rows - 1, columns - 1
     while i or j:
-        di, dj = came[i, j]
+        di, dj = came_from[i, j]
         layer = layers[i - 1] if di else None
         step = steps[j - 1] if dj else None
         pairs.append(Pair(layer, step, step is None and _may_fold(layers, i - 1)))
@@ -135,27 +106,27 @@ def match(layers: list[Layer], steps: list[Step]) -> list[Pair]:
     return pairs[::-1]
 
 
-def _replacing(layer: Layer, step: Step) -> float:
-    if expected_step(layer.module)[0] == step.operator:
+def _replacement_cost(layer: Layer, step: Step) -> float:
+    operator = expected_step(layer.module)[0]
+    if operator == step.operator:
         return 0.0
-    activations = {"Relu", "Clip", "LeakyRelu", "PRelu"}
-    return 1.5 if expected_step(layer.module)[0] in activations else 1.9
+    return 1.5 if operator in {"Relu", "Clip", "LeakyRelu", "PRelu"} else 1.9
 
 
-def _missing(layers: list[Layer], index: int) -> float:
+def _missing_cost(layers: list[Layer], index: int) -> float:
     return 0.01 if _may_fold(layers, index) else 1.0
 
 
 def _may_fold(layers: list[Layer], index: int) -> bool:
     return (
         index > 0
-        and isinstance(layers[index].module, nn.BatchNorm1d | nn.BatchNorm2d)
-        and isinstance(layers[index - 1].module, nn.Linear | nn.Conv2d)
+        and isinstance(layers[index].module, BatchNorm)
+        and isinstance(layers[index - 1].module, LinearOrConv)
     )
 
 
 def expected_step(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Return the operator, with its attributes, that a layer becomes."""
+    """Return the ONNX operator of a layer and its attributes."""
     operator = OPERATORS.get(type(module), type(module).__name__)
     return operator, _expected_attributes(module)
 
@@ -166,13 +137,9 @@ def _expected_attributes(module: nn.Module) -> dict[str, Any]:
         case nn.Linear():
             attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0}
         case nn.Conv2d():
-            attributes = {
-                "auto_pad": "NOTSET",
+            attributes = _window(module) | {
                 "dilations": _two(module.dilation),
                 "group": module.groups,
-                "kernel_shape": _two(module.kernel_size),
-                "pads": _two(module.padding) * 2,
-                "strides": _two(module.stride),
             }
         case nn.BatchNorm1d() | nn.BatchNorm2d():
             # ONNX's momentum weighs the old statistics, PyTorch's the new ones
@@ -191,9 +158,12 @@ def _expected_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _pool(module: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
+    return _window(module) | {"ceil_mode": int(module.ceil_mode)}
+
+
+def _window(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
     return {
         "auto_pad": "NOTSET",
-        "ceil_mode": int(module.ceil_mode),
         "kernel_shape": _two(module.kernel_size),
         "pads": _two(module.padding) * 2,
         "strides": _two(module.stride),
@@ -271,7 +241,7 @@ def _opset_problems(proto: onnx.ModelProto, opset: int | None) -> list[str]:
 
 
 def _value_problems(
-    kind: str, values: list[onnx.ValueInfoProto], name: str | None, shape: tuple[int, ...]
+    kind: str, values: Sequence[onnx.ValueInfoProto], name: str | None, shape: tuple[int, ...]
 ) -> list[str]:
     names = [value.name for value in values]
     if len(names) != 1 or name not in {None, names[0]}:
@@ -306,7 +276,7 @@ def _batch_problems(graph: onnx.GraphProto, chain: Chain) -> list[str]:
 
 
 def batch_axis(value: onnx.ValueInfoProto) -> int | str | None:
-    """Return the first axis of a value: its size, its symbol, or None where it has none."""
+    """Return a value's first axis: its size, its symbol, or None for a scalar."""
     dims = value.type.tensor_type.shape.dim
     if not dims:
         return None
@@ -314,6 +284,6 @@ def batch_axis(value: onnx.ValueInfoProto) -> int | str | None:
 
 
 def type_name(data_type: int) -> str:
-    """Return what ONNX calls an element type; the number itself where it has no name."""
+    """Return ONNX's name of an element type; the number if it has none."""
     names: dict[int, str] = {n: name for name, n in onnx.TensorProto.DataType.items()}
     return names.get(data_type, str(data_type))

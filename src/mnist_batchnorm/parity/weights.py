@@ -1,4 +1,4 @@
-"""Are the numbers in the file the checkpoint's: bit for bit, or to roundoff where folded?"""
+"""Check ``weights``: the file's numbers are the checkpoint's, up to roundoff where folded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,28 +7,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
-from mnist_batchnorm.parity.graph import Step
-from mnist_batchnorm.parity.layers import Layer
+from mnist_batchnorm.parity.layers import BatchNorm, Layer
+from mnist_batchnorm.parity.operators import Array, Step
 from mnist_batchnorm.parity.report import Check, finite, verdict
 from mnist_batchnorm.parity.structure import Pair
 
-Array = npt.NDArray[Any]
-
 ROUNDOFF = 2.0**-24  # unit roundoff u of float32
-FOLD_LIMIT = 8  # in u of what `fold` adds up: an honest fold rounds a handful of times
+FOLD_LIMIT = 8  # in u of the terms of `fold`: a correct fold rounds a handful of times
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of the file and what it must be.
+class StoredTensor:
+    """One tensor of the file with its expected value.
 
     Attributes:
-        name: in the checkpoint: ``linear1.weight``.
-        array: as the file has it; None when it has none.
-        exact: float32 of the checkpoint; float64 where it is the exact fold.
-        limit: how far each element may lie from ``exact``; None for bit for bit.
+        name: name in the checkpoint: ``linear1.weight``.
+        array: the file's tensor; None if it is missing.
+        exact: the checkpoint's float32 tensor, or the exact fold in float64.
+        limit: allowed distance of each element from ``exact``; None: bit for bit.
     """
 
     name: str
@@ -38,7 +35,7 @@ class Stored:
 
     @property
     def readable(self) -> bool:
-        """Whether the file's tensor can be compared number by number."""
+        """Whether the file's tensor has the expected type and shape."""
         return (
             self.array is not None
             and self.array.dtype == np.float32
@@ -47,7 +44,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Fused:
+class WeightedLayer:
     """A layer with weights, the step that computes it, and the batch norm folded into it."""
 
     layer: Layer
@@ -55,10 +52,12 @@ class Fused:
     batch_norm: Layer | None
 
 
-def fused(pairs: list[Pair]) -> list[Fused]:
-    """List the layers with weights that the file has, each with the batch norm it must hold."""
+def weighted_layers(pairs: list[Pair]) -> list[WeightedLayer]:
+    """Return the layers with weights in the file, each with the batch norm folded into it."""
     return [
-        Fused(pair.layer, pair.step, after.layer if after is not None and after.folded else None)
+        WeightedLayer(
+            pair.layer, pair.step, after.layer if after is not None and after.folded else None
+        )
         for pair, after in zip_longest(pairs, pairs[1:])
         if pair.layer is not None
         and pair.step is not None
@@ -76,38 +75,33 @@ def tensors_of(layer: Layer) -> dict[str, Array]:
     }
 
 
-def stored_tensors(part: Fused) -> Iterator[Stored]:
-    """Pair each tensor of a step with what the checkpoint says it must be."""
+def stored_tensors(part: WeightedLayer) -> Iterator[StoredTensor]:
+    """Pair each tensor of a step with its expected value from the checkpoint."""
     prefix, module = part.layer.name, part.layer.module
-    norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-    own = affine(part.layer) if norm else tensors_of(part.layer)
+    own = affine(part.layer) if isinstance(module, BatchNorm) else tensors_of(part.layer)
     if part.batch_norm is None:
         for name in sorted(own.keys() | part.step.tensors.keys()):
             array = part.step.tensors.get(name)
             exact = own.get(name)
-            if exact is None:  # a bias that the layer has not: it must add nothing
+            if exact is None:  # the layer has no bias, so the file's must be zero
                 exact = np.zeros(part.layer.shape[:1], np.float32)
-            yield Stored(f"{prefix}.{name}", array, exact)
+            yield StoredTensor(f"{prefix}.{name}", array, exact)
         return
     batch_norm = part.batch_norm.module
-    assert isinstance(batch_norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(batch_norm, BatchNorm)
     folds = fold(own, affine(part.batch_norm), batch_norm.eps)
     for name, (exact, limit) in zip(("weight", "bias"), folds, strict=True):
-        yield Stored(f"{prefix}.{name}", part.step.tensors.get(name), exact, limit)
+        yield StoredTensor(f"{prefix}.{name}", part.step.tensors.get(name), exact, limit)
 
 
 def check_weights(pairs: list[Pair]) -> Check:
     """Compare every stored number with the checkpoint.
 
-    Where the graph keeps BatchNormalization, every weight, bias and running statistic must equal
-    the checkpoint's bit for bit. Where it is folded, each must lie within the rounding that `fold`
-    allows: 8 u of a weight's own size, 8 u of the size of the terms that make a bias. Tensors are
-    found through the nodes that read them, not by name: the exporter folds under the same names.
-
-    Args:
-        pairs: the network's layers and the file's steps.
+    Numbers must be equal bit for bit or, if batch norm is folded into the layer, within the limit
+    of `fold`. Tensors are found through the nodes that read them, not by name: the exporter folds
+    under the same names.
     """
-    stored = [tensor for part in fused(pairs) for tensor in stored_tensors(part)]
+    stored = [tensor for part in weighted_layers(pairs) for tensor in stored_tensors(part)]
     expected = [pair.layer for pair in pairs if pair.layer and tensors_of(pair.layer)]
     problems = [
         f"{layer.name} has no place in the file"
@@ -151,7 +145,7 @@ def _impossible(layer: Layer) -> list[str]:
     return [f"the checkpoint's own {layer.name}.{name} is not possible" for name in broken]
 
 
-def _judge(tensor: Stored) -> tuple[dict[str, Any], list[str]]:
+def _judge(tensor: StoredTensor) -> tuple[dict[str, Any], list[str]]:
     nothing = {"fraction_of_limit": 0.0}
     if tensor.array is None:
         if tensor.limit is None or np.any(np.abs(tensor.exact) > tensor.limit):
@@ -188,12 +182,12 @@ def _bit_problems(name: str, array: Array, exact: Array) -> list[str]:
 
 
 def bits(array: Array) -> npt.NDArray[np.uint32]:
-    """Return float32 numbers as the integers that hold them: -0.0 is not 0.0, NaN equals itself."""
+    """Return float32 numbers as their bit patterns: -0.0 is not 0.0, NaN equals itself."""
     return np.ascontiguousarray(array, np.float32).view(np.uint32)
 
 
 def affine(batch_norm: Layer) -> dict[str, Array]:
-    """Return batch norm's four tensors; without ``affine`` gamma is 1 and beta 0."""
+    """Return batch norm's four tensors; gamma is 1 and beta 0 if it is not affine."""
     own = tensors_of(batch_norm)
     ones = np.ones_like(own["running_var"])
     return {"weight": ones, "bias": 0 * ones} | own
@@ -208,13 +202,13 @@ def fold(
     "Quantization and Training of Neural Networks ...", section 3.2).
 
     Args:
-        linear: ``weight`` float32 ``[out, ...]`` and, unless it has none, ``bias`` ``[out]``.
-        batch_norm: `affine`, float32 ``[out]`` each.
+        linear: ``weight`` float32 ``[out, ...]`` and optionally ``bias`` ``[out]``.
+        batch_norm: the tensors of `affine`, float32 ``[out]`` each.
         eps: added to the variance.
 
     Returns:
-        ``(W', limit), (b', limit)``: float64, and how far a float32 fold may honestly lie from
-        each: 8 u |W'| and 8 u (|s| (|b| + |mean|) + |beta|), sums that cannot cancel.
+        ``(W', limit), (b', limit)``: float64, with the allowed distance of a float32 fold:
+        8 u |W'| and 8 u (|s| (|b| + |mean|) + |beta|), sums that cannot cancel.
     """
     gamma, beta, mean, variance = (
         batch_norm[name].astype(np.float64)

@@ -7,7 +7,7 @@ import torch
 from onnx import helper
 from torch import nn
 
-from mnist_batchnorm.parity.behaviour import check_behaviour
+from mnist_batchnorm.parity.behavior import check_behavior
 from mnist_batchnorm.parity.reference import Reference
 from mnist_batchnorm.parity.report import Check
 from mnist_batchnorm.parity.runtime import Passes
@@ -24,7 +24,7 @@ def classes(model: nn.Sequential) -> np.ndarray:
 
 def judge(graph: onnx.ModelProto | bytes, reference: Reference) -> Check:
     content = graph if isinstance(graph, bytes) else graph.SerializeToString()
-    check = check_behaviour(Passes(content), reference)
+    check = check_behavior(Passes(content), reference)
     json.dumps(check.evidence, allow_nan=False)
     assert check.name == "behaviour"
     return check
@@ -42,7 +42,7 @@ def reference() -> Reference:
     return Reference(mlp(), layers_of(mlp(), (12,)), (12,), REAL, labels)
 
 
-def test_an_honest_file_decides_as_the_network(
+def test_a_correct_file_predicts_the_networks_classes(
     graph: onnx.ModelProto, reference: Reference
 ) -> None:
     check = judge(graph, reference)
@@ -55,9 +55,7 @@ def test_an_honest_file_decides_as_the_network(
     assert (check.evidence["differences"], check.evidence["undecided"]) == (0, 0)
 
 
-def test_rows_of_the_last_layer_in_another_order(
-    graph: onnx.ModelProto, reference: Reference
-) -> None:
+def test_permuted_rows_of_the_last_layer(graph: onnx.ModelProto, reference: Reference) -> None:
     order = np.array([1, 2, 3, 0])
     other = append(graph, helper.make_node("Gather", ["y", "order"], ["z"], axis=1), order=order)
     check = judge(other, reference)
@@ -109,7 +107,7 @@ def test_without_inputs_synthetic_ones_are_compared(graph: onnx.ModelProto) -> N
     assert check.evidence["inputs"] == 1000
 
 
-def test_nan_is_no_class(graph: onnx.ModelProto, reference: Reference) -> None:
+def test_nan_is_not_a_class(graph: onnx.ModelProto, reference: Reference) -> None:
     """The largest of NaN is the first to NumPy: it must not count as class 0."""
     nan = np.full(4, np.nan, np.float32)
     other = append(graph, helper.make_node("Add", ["y", "nan"], ["z"]), nan=nan)
@@ -124,7 +122,7 @@ def test_a_file_that_does_not_run_fails(reference: Reference) -> None:
     assert "cannot load it" in check.detail
 
 
-def test_a_network_of_unknown_layers_is_judged_by_float64(graph: onnx.ModelProto) -> None:
+def test_a_network_of_unsupported_layers_is_judged_by_float64(graph: onnx.ModelProto) -> None:
     reference = Reference(mlp(), [], (12,), REAL)
     assert judge(graph, reference).status == "passed"
     other = append(graph, helper.make_node("Neg", ["y"], ["z"]))

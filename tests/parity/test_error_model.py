@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mnist_batchnorm.parity.bounds import ALARM, Signal, _PartialSums, propagate
+from mnist_batchnorm.parity.error_model import (
+    ALARM_SIGMAS,
+    PartialSums,
+    UncertainTensor,
+    propagate_errors,
+)
 from tests.support.parity_networks import Shape, cnn, folded, layers_of, mlp, randomized
 
 Float32 = npt.NDArray[np.float32]
@@ -62,12 +67,12 @@ def one_by_one(model: nn.Sequential, inputs: Float32, order: Order) -> Float32:
     return x
 
 
-def errors(signal: Signal, got: Float32 | Tensor) -> npt.NDArray[np.float64]:
+def errors(signal: UncertainTensor, got: Float32 | Tensor) -> npt.NDArray[np.float64]:
     found: npt.NDArray[np.float64] = np.abs(np.asarray(got, np.float64) - signal.value.numpy())
     return found
 
 
-def sigmas(signal: Signal, got: Float32 | Tensor) -> npt.NDArray[np.float64]:
+def sigmas(signal: UncertainTensor, got: Float32 | Tensor) -> npt.NDArray[np.float64]:
     found: npt.NDArray[np.float64] = errors(signal, got) / signal.variance.sqrt().numpy()
     return found
 
@@ -95,7 +100,7 @@ class TestValue:
     def test_is_the_networks_own_in_float64(self, name: str) -> None:
         make, shape = NETWORKS[name]
         inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(9, *shape))).float()
-        signal = propagate(layers_of(make(0), shape), inputs)
+        signal = propagate_errors(layers_of(make(0), shape), inputs)
         with torch.inference_mode():
             exact = make(0).double()(inputs.double())
         torch.testing.assert_close(signal.value, exact, rtol=1e-12, atol=1e-12)
@@ -105,9 +110,9 @@ class TestValue:
     ) -> None:
         make, shape = NETWORKS[name]
         inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(9, *shape))).float()
-        together = propagate(layers_of(make(0), shape), inputs)
-        monkeypatch.setattr("mnist_batchnorm.parity.bounds.ELEMENTS", 1)
-        alone = propagate(layers_of(make(0), shape), inputs)
+        together = propagate_errors(layers_of(make(0), shape), inputs)
+        monkeypatch.setattr("mnist_batchnorm.parity.error_model.CHUNK_ELEMENTS", 1)
+        alone = propagate_errors(layers_of(make(0), shape), inputs)
         for key in ("value", "variance", "bound"):
             torch.testing.assert_close(
                 getattr(alone, key), getattr(together, key), rtol=1e-9, atol=0
@@ -134,7 +139,7 @@ class TestBound:
         inputs = generator.normal(size=(8, *shape)) * 10.0**size
         inputs[generator.random(inputs.shape) < 0.3] = 0
         tensor = torch.from_numpy(inputs.astype(np.float32))
-        signal = propagate(layers_of(model, shape), tensor)
+        signal = propagate_errors(layers_of(model, shape), tensor)
         ways = [model, folded(model)]
         with torch.inference_mode(), np.errstate(all="ignore"):
             answers = [way(tensor).numpy() for way in ways]
@@ -150,7 +155,7 @@ class TestBound:
         with torch.no_grad():
             linear(model).weight.fill_(1e30)
         inputs = torch.tensor([[1e10] * 4, [1.0] * 4])
-        signal = propagate(layers_of(model, (4,)), inputs)
+        signal = propagate_errors(layers_of(model, (4,)), inputs)
         assert signal.bound.isfinite().all(dim=1).tolist() == [False, True]
         assert signal.variance.isfinite().all(dim=1).tolist() == [False, True]
 
@@ -159,12 +164,12 @@ class TestBound:
         with torch.no_grad():
             linear(model).weight.fill_(1e-23)
         inputs = torch.full((1, 2), 1e-23)
-        signal = propagate(layers_of(model.eval(), (2,)), inputs)
+        signal = propagate_errors(layers_of(model.eval(), (2,)), inputs)
         with torch.inference_mode():
             got = model(inputs)
         assert errors(signal, got).max() > 1e-5 * signal.value.max()  # most digits are lost
         assert errors(signal, got).max() <= signal.bound.max()
-        assert sigmas(signal, got).max() < ALARM
+        assert sigmas(signal, got).max() < ALARM_SIGMAS
 
 
 ORDERS: dict[str, Order] = {
@@ -185,7 +190,7 @@ class TestVariance:
         inputs = image_like(100, 400)
         for seed in range(5):
             model = smooth(mlp(seed, (400, 16, 16, 10), gain), 400)
-            signal = propagate(layers_of(model, (400,)), torch.from_numpy(inputs))
+            signal = propagate_errors(layers_of(model, (400,)), torch.from_numpy(inputs))
             for way in (model, folded(model)):
                 found = sigmas(signal, one_by_one(way, inputs, ORDERS[order]))
                 worst = max(worst, float(found.max()))
@@ -200,7 +205,7 @@ class TestVariance:
         for seed in range(20):
             inputs = torch.from_numpy(np.random.default_rng(seed).normal(size=(20, *shape))).float()
             model = make(seed)
-            signal = propagate(layers_of(model, shape), inputs)
+            signal = propagate_errors(layers_of(model, shape), inputs)
             with torch.inference_mode():
                 answers = [model(inputs), folded(model)(inputs)]
             for answer in answers:
@@ -210,26 +215,26 @@ class TestVariance:
         assert worst < 6
         assert 0.1 < np.sqrt(np.mean(squares)) < 1.2
 
-    def test_of_many_equal_neighbours(self) -> None:
+    def test_of_many_equal_neighbors(self) -> None:
         """Adding one number again and again rounds off the same remainder each time."""
         model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
         inputs = np.linspace(0.1, 0.9, 200, dtype=np.float32).reshape(-1, 1, 1, 1)
         inputs = np.broadcast_to(inputs, (200, 1, 28, 28)).copy()
-        signal = propagate(layers_of(model, (1, 28, 28)), torch.from_numpy(inputs))
+        signal = propagate_errors(layers_of(model, (1, 28, 28)), torch.from_numpy(inputs))
         sums = np.cumsum(inputs.reshape(200, -1), axis=1, dtype=np.float32)[:, -1:]
         found = sigmas(signal, sums / np.float32(784))
         assert found.max() < 6
         assert np.sqrt((found**2).mean()) > 0.3
 
-    def test_is_that_of_the_sharpest_tolerance_that_holds(self) -> None:
+    def test_equals_the_sharpest_tolerance_that_holds(self) -> None:
         """A weight off by 1e-4 shows; the classical bound, 1000 times wider, would hide it."""
         model = smooth(mlp(0, (400, 16, 16, 10)), 400)
         inputs = torch.from_numpy(image_like(100, 400))
-        signal = propagate(layers_of(model, (400,)), inputs)
+        signal = propagate_errors(layers_of(model, (400,)), inputs)
         with torch.no_grad():
             linear(model).weight[3] *= 1 + 1e-4
             got = model(inputs)
-        assert sigmas(signal, got).max() > 2 * ALARM
+        assert sigmas(signal, got).max() > 2 * ALARM_SIGMAS
         assert (errors(signal, got) < signal.bound.numpy()).all()
 
     @given(value=st.floats(-20, 20, width=32), name=st.sampled_from(["ReLU", "ReLU6", "LeakyReLU"]))
@@ -239,12 +244,12 @@ class TestVariance:
         with torch.no_grad():
             linear(model).weight.fill_(1.5)
             linear(model).bias.fill_(0.1)
-        entering: list[Signal] = []
+        entering: list[UncertainTensor] = []
         inputs = torch.tensor([[value]])
         layers = layers_of(model, (1,))
-        signal = propagate(layers, inputs, lambda layer, signal: entering.append(signal))
+        signal = propagate_errors(layers, inputs, lambda layer, signal: entering.append(signal))
         (before,) = entering
-        reach = ALARM * before.variance.sqrt()
+        reach = ALARM_SIGMAS * before.variance.sqrt()
         on = bool(before.value > -reach) and not (name == "ReLU6" and before.value > 6 + reach)
         if on:
             assert signal.variance >= before.variance
@@ -261,7 +266,7 @@ class TestPartialSums:
         walks = np.cumsum(np.array(list(permutations(products))), axis=1)
         one = torch.ones(1, 5, dtype=torch.float64)
         value = torch.from_numpy(products)[None]
-        sums = _PartialSums.of(value, one, one, torch.nn.functional.linear, None)
+        sums = PartialSums.of(value, one, one, torch.nn.functional.linear, None)
         assert sums.last.item() == pytest.approx(products.sum())
         assert sums.first.item() == pytest.approx(walks.sum(axis=1).mean())
         assert sums.second.item() == pytest.approx((walks**2).sum(axis=1).mean())
@@ -276,7 +281,7 @@ class TestPartialSums:
         value = torch.from_numpy(products)[None]
         used = (value != 0).double()
         weight = torch.ones(1, 3, dtype=torch.float64)
-        sums = _PartialSums.of(value, used, weight, torch.nn.functional.linear, -1)
+        sums = PartialSums.of(value, used, weight, torch.nn.functional.linear, -1)
         assert sums.count.item() == 2
         assert sums.second.item() == pytest.approx((1 + 9 + 4 + 9) / 2)
 
@@ -294,11 +299,11 @@ def test_errors_of_one_origin_add_up() -> None:
         layer.weight.fill_(1.0)
         layer.bias.zero_()
     inputs = torch.rand(2000, 400, generator=generator)
-    deviation = sigmas(propagate(layers_of(model, (400,)), inputs), model(inputs))
+    deviation = sigmas(propagate_errors(layers_of(model, (400,)), inputs), model(inputs))
     assert 0.05 < np.sqrt((deviation**2).mean()) < 1
-    assert deviation.max() < ALARM / 4  # 8.2 by variances alone
+    assert deviation.max() < ALARM_SIGMAS / 4  # 8.2 by variances alone
 
 
 def test_network_that_rounds_nothing_has_no_error() -> None:
-    signal = propagate(layers_of(nn.Sequential(nn.Flatten()), (3, 3)), torch.rand(5, 3, 3))
+    signal = propagate_errors(layers_of(nn.Sequential(nn.Flatten()), (3, 3)), torch.rand(5, 3, 3))
     assert not signal.variance.any()

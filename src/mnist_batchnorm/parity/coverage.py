@@ -1,6 +1,6 @@
-"""Have the probes been on both sides of every kink of every unit?
+"""Coverage: whether the probes have been on both sides of every kink of every unit.
 
-A unit of the ReLU family that was never on, or never off, may be anything on the other side.
+If a unit of the ReLU family was never on, or never off, the file may compute anything there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,24 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mnist_batchnorm.parity.bounds import ALARM, Signal, activate, kinks, normalization, operands
+from mnist_batchnorm.parity.error_model import (
+    ALARM_SIGMAS,
+    UncertainTensor,
+    activate,
+    kinks,
+    normalization,
+    operands,
+)
 from mnist_batchnorm.parity.layers import Layer
 
-LARGEST_INPUT = 1e9  # of the inputs that could exercise a unit: 1000 times the largest probe
-ROUNDS, STRIDES = 12, (0.01, 0.1, 1.0, 10.0, 100.0)  # of the search; strides in input sizes
-SEARCHED = 200  # sides at most
-FOUND = 4  # inputs that the search keeps for a side
+INPUT_LIMIT = 1e9  # largest input considered: 1000 times the largest probe
+SEARCH_ROUNDS = 12
+STRIDES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the search, relative to the norm of the input
+MAX_SEARCHED_SIDES = 200
+INPUTS_PER_SIDE = 4  # that the search returns
 
 
 @dataclass(frozen=True)
-class Side:
-    """A stretch of a unit's input between two kinks of its function.
+class ActivationSide:
+    """An interval (low, high) of a unit's input between two kinks of its activation function.
 
-    Attributes:
-        layer: the activation.
-        unit: of a 2-D activation the channel.
-        low: where the stretch begins.
-        high: where it ends.
+    The unit is the channel of a 2-D activation.
     """
 
     layer: str
@@ -39,20 +43,16 @@ class Side:
         return f"{self.layer}[{self.unit}] {where}"
 
 
-class Exercise:
-    """Which sides of the units of a network have been entered, further than noise reaches.
-
-    Args:
-        layers: of the network.
-    """
+class ActivationCoverage:
+    """Records which sides of a network's units were entered, beyond rounding."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
         self._entered: dict[str, Tensor] = {}  # bool [sides, units] of each activation
 
-    def observe(self, layer: Layer, entering: Signal) -> None:
-        """Note what enters an activation, as `propagate` tells it."""
-        noise = ALARM * entering.variance.sqrt()
+    def observe(self, layer: Layer, entering: UncertainTensor) -> None:
+        """Record an activation's input; a callback of `propagate_errors`."""
+        noise = ALARM_SIGMAS * entering.variance.sqrt()
         sides = [
             _units((entering.value - noise > low) & (entering.value + noise < high)).any(0)
             for low, high in _sides(layer.module)
@@ -62,14 +62,14 @@ class Exercise:
 
     @property
     def units(self) -> int:
-        """How many units the network has."""
+        """Number of observed units."""
         return sum(entered.shape[1] for entered in self._entered.values())
 
     @property
-    def missing(self) -> list[Side]:
-        """The sides that no input has entered."""
+    def uncovered(self) -> list[ActivationSide]:
+        """Sides that no input has entered."""
         return [
-            Side(layer.name, unit, *_sides(layer.module)[side])
+            ActivationSide(layer.name, unit, *_sides(layer.module)[side])
             for layer in self._layers
             if layer.name in self._entered
             for side, unit in (~self._entered[layer.name]).nonzero().tolist()
@@ -83,37 +83,30 @@ def _sides(module: nn.Module) -> list[tuple[float, float]]:
 
 
 def _units(entering: Tensor) -> Tensor:
-    """Bring all places of a unit to the rows, ``[..., units]``."""
+    """Flatten all positions of a unit into rows, ``[n, units]``."""
     return entering.movedim(1, -1).reshape(-1, entering.shape[1])
 
 
-def search(layers: Sequence[Layer], sides: Sequence[Side], starts: Tensor) -> Tensor:
-    """Look for inputs that enter sides of units, along gradients.
+def find_inputs(layers: Sequence[Layer], sides: Sequence[ActivationSide], starts: Tensor) -> Tensor:
+    """Search along gradients for inputs that enter sides of units, float32 ``[n, ...]``.
 
-    Between kinks a network is linear, so a ray along the gradient of a unit's input is tried in
-    strides of every size, and the best point is the next start.
-
-    Args:
-        layers: of the network.
-        sides: to be entered; the first `SEARCHED` are looked for.
-        starts: float32 ``[n, ...]``.
-
-    Returns:
-        The `FOUND` inputs nearest to or furthest into each side, float32.
+    Between kinks a network is linear, so each round tries strides of several lengths along the
+    gradient of the unit's input, and continues from the best point. Returns the `INPUTS_PER_SIDE`
+    inputs nearest to or furthest into each of the first `MAX_SEARCHED_SIDES` sides.
     """
     found = [starts[:0]]
-    for side in sides[:SEARCHED]:
+    for side in sides[:MAX_SEARCHED_SIDES]:
         end = next(i for i, layer in enumerate(layers) if layer.name == side.layer)
         network = nn.Sequential(*(layer.module for layer in layers[:end]))
         points = starts
-        for _ in range(ROUNDS):
+        for _ in range(SEARCH_ROUNDS):
             points = _advance(network, side, points)
-        best = _depth(network, side, points).topk(min(FOUND, len(points))).indices
+        best = _depth(network, side, points).topk(min(INPUTS_PER_SIDE, len(points))).indices
         found.append(points[best])
     return torch.cat(found)
 
 
-def _advance(network: nn.Sequential, side: Side, points: Tensor) -> Tensor:
+def _advance(network: nn.Sequential, side: ActivationSide, points: Tensor) -> Tensor:
     with torch.enable_grad():
         start = points.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(_depth(network, side, start).sum(), start)
@@ -121,27 +114,27 @@ def _advance(network: nn.Sequential, side: Side, points: Tensor) -> Tensor:
     size = points.flatten(1).norm(dim=1).clamp(min=1) / direction.norm(dim=1).clamp(min=1e-30)
     stride = (direction * size[:, None]).reshape(points.shape)
     tried = torch.stack([points, *(points + length * stride for length in STRIDES)])
-    tried = tried.clamp(-LARGEST_INPUT, LARGEST_INPUT)
+    tried = tried.clamp(-INPUT_LIMIT, INPUT_LIMIT)
     with torch.inference_mode():
         depth = torch.stack([_depth(network, side, candidates) for candidates in tried])
     best = depth.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)
     return tried[best, torch.arange(len(points))]
 
 
-def _depth(network: nn.Sequential, side: Side, points: Tensor) -> Tensor:
-    """How far into a side a unit's input lies, where it lies deepest, ``[n]``."""
+def _depth(network: nn.Sequential, side: ActivationSide, points: Tensor) -> Tensor:
+    """Return how far a unit's input lies inside a side, at most, ``[n]``."""
     entering = network(points)[:, side.unit].reshape(len(points), -1)
     return torch.minimum(entering - side.low, side.high - entering).amax(1)
 
 
 @torch.inference_mode()
-def unreachable(
-    layers: Sequence[Layer], shape: tuple[int, ...], sides: Sequence[Side]
-) -> list[Side]:
-    """Tell which sides no input within ±`LARGEST_INPUT` can enter, by interval arithmetic.
+def unreachable_sides(
+    layers: Sequence[Layer], shape: tuple[int, ...], sides: Sequence[ActivationSide]
+) -> list[ActivationSide]:
+    """Return the sides that no input within ±`INPUT_LIMIT` can enter, by interval arithmetic.
 
     Such a unit is dead or always linear in the checkpoint itself, as with gamma 0 or only negative
-    weights: what the file makes of its other side is never seen.
+    weights, so the file's behavior on its other side does not matter.
     """
     ranges = dict(_ranges(layers, shape))
     return [
@@ -155,8 +148,8 @@ def unreachable(
 def _ranges(
     layers: Sequence[Layer], shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Bound what enters each activation: least and largest of each unit."""
-    high = torch.full((1, *shape), LARGEST_INPUT, dtype=torch.float64)
+    """Bound the input of each activation: lowest and highest of each unit."""
+    high = torch.full((1, *shape), INPUT_LIMIT, dtype=torch.float64)
     low = -high
     for layer in layers:
         match layer.module:
@@ -175,6 +168,8 @@ def _ranges(
                 )
             case module:
                 yield layer.name, (_units(low).amin(0), _units(high).amax(0))
-                zero = torch.zeros(()).clamp(low, high)  # where a unit that falls both ways turns
-                given = torch.stack([activate(module, x) for x in (low, zero, high)])
-                low, high = given.amin(0), given.amax(0)
+                zero = torch.zeros(()).clamp(
+                    low, high
+                )  # a leaky unit's minimum if its slope is negative
+                candidates = torch.stack([activate(module, x) for x in (low, zero, high)])
+                low, high = candidates.amin(0), candidates.amax(0)

@@ -1,11 +1,11 @@
-"""Does the file decide as the network does, and as well?"""
+"""Check ``behaviour``: the file predicts the network's classes, with its accuracy."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mnist_batchnorm.parity.bounds import ALARM
+from mnist_batchnorm.parity.error_model import ALARM_SIGMAS
 from mnist_batchnorm.parity.reference import REAL, Family, Reference
 from mnist_batchnorm.parity.report import Check, verdict
 from mnist_batchnorm.parity.runtime import Passes, RuntimeFailedError
@@ -16,22 +16,18 @@ Classes = npt.NDArray[np.intp]
 
 
 @np.errstate(all="ignore")  # an overflow or a NaN is a finding
-def check_behaviour(passes: Passes, reference: Reference) -> Check:
-    """Compare the class of every real input with float64's, and the accuracies.
+def check_behavior(passes: Passes, reference: Reference) -> Check:
+    """Compare the class of every input with float64's, and the accuracies.
 
-    A class may differ only where float64's two best outputs lie so close that rounding decides.
-    Without real inputs the normal and uniform ones are compared.
-
-    Args:
-        passes: of the file.
-        reference: what it should compute.
+    Classes may differ only if float64's two largest outputs are so close that rounding decides.
+    Without real inputs, the normal and uniform ones are compared.
     """
     names = [REAL] if REAL in reference.families else SYNTHETIC
     families = [reference.families[name] for name in names]
     count = sum(len(family.inputs) for family in families)
     kind = " and ".join(names)
     try:
-        got = [reference.rows(passes.run(family.name, family.inputs)) for family in families]
+        got = [reference.flatten(passes.run(family.name, family.inputs)) for family in families]
     except RuntimeFailedError as error:
         return verdict("behaviour", [str(error)], "", {"kind": kind, "inputs": count})
     file = np.concatenate([_classes(outputs) for outputs in got])
@@ -73,19 +69,19 @@ def check_behaviour(passes: Passes, reference: Reference) -> Check:
 
 
 def _classes(outputs: npt.NDArray[np.floating[Any]]) -> Classes:
-    """Return the largest output of each row, ``[n]``; -1 where one is NaN."""
+    """Return the index of each row's largest output, ``[n]``; -1 for rows with a NaN."""
     classes: Classes = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
     return classes
 
 
 def _undecided(family: Family) -> npt.NDArray[np.bool_]:
-    """Tell where two outputs are the largest up to rounding, ``[n]``.
+    """Return the rows whose class depends on rounding, ``[n]``.
 
-    Without an error model, where PyTorch's own float32 disagrees with float64.
+    Outside the error model, those where PyTorch's own float32 disagrees with float64.
     """
     rows, best = np.arange(len(family.exact)), family.exact.argmax(axis=1)
-    lowest = (family.exact - ALARM * family.sigma)[rows, best]
-    others = family.exact + ALARM * family.sigma
+    lowest = (family.exact - ALARM_SIGMAS * family.sigma)[rows, best]
+    others = family.exact + ALARM_SIGMAS * family.sigma
     others[rows, best] = -np.inf
     close: npt.NDArray[np.bool_] = lowest <= others.max(axis=1)
     return np.where(

@@ -1,24 +1,23 @@
-"""How far may rounding honestly carry float32 arithmetic from the exact result?
+"""How far float32 rounding may carry a network's outputs from exact arithmetic.
 
-Two answers for every element that a layer gives, against float64 arithmetic:
+Two answers for every element of a layer's output, relative to float64 arithmetic:
 
-- `Signal.variance`, what rounding does. A rounding to nearest has a relative error within the unit
-  roundoff u = 2^-24, taken as uniform, hence of variance u^2/3, and independent of the others (the
-  model of Higham & Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis"). Variances
-  of independent errors add, so they pass a layer by W^2 where a worst case passes by |W|. The
-  errors that enter a layer are not independent where they come from one rounding further back,
-  which reaches an output on many ways at once; so the outputs' variance is, where it is larger,
-  the sum over all roundings of the square of the derivative by each (`_by_all_ways`). What lies
-  beyond `ALARM` standard deviations is no rounding.
-- `Signal.bound`, what rounding can do. k roundings change a number by a factor within
+- `UncertainTensor.variance`: the expected error. A rounding to nearest has a relative error within
+  the unit roundoff u = 2^-24, modeled as uniform, so of variance u^2/3, and independent of others
+  (Higham & Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis"). Variances of
+  independent errors add, so they pass a layer by W^2. Errors that enter a layer are correlated if
+  they stem from one earlier rounding; so the variance of the outputs is at least the sum over all
+  roundings of the squared derivative by each (`_variance_by_derivatives`). An error beyond
+  `ALARM_SIGMAS` standard deviations is not rounding.
+- `UncertainTensor.bound`: the worst case. k roundings change a number by a factor within
   1 +- gamma_k, gamma_k = k u / (1 - k u) (Higham 2002, "Accuracy and Stability of Numerical
-  Algorithms", lemma 3.1), in whatever order sums are taken, with or without fused multiply-add. It
-  assumes nothing and is about 1000 times larger.
+  Algorithms", lemma 3.1), in any order of summation, with or without fused multiply-add. It needs
+  no assumption and is about 1000 times larger.
 
 Batch norm in eval mode is y = s (z - mean) + beta, s = gamma / sqrt(var + eps) (Ioffe & Szegedy
-2015, algorithm 2). An honest file keeps it, and runtimes compute s z + (beta - s mean); or folds it
-into the layer before, whose weights become s W and bias s (b - mean) + beta. Both answers hold for
-both files: `_affine` takes the two layers as one and counts what either way rounds.
+2015, algorithm 2). A correct file keeps it, and runtimes compute s z + (beta - s mean); or folds it
+into the layer before, with weights s W and bias s (b - mean) + beta. Both answers cover both files:
+`_linear` treats the two layers as one and counts the roundings of either form.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,32 +26,31 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as everyone calls it
+import torch.nn.functional as F  # noqa: N812 - PyTorch's convention
 from torch import Tensor, nn
 
-from mnist_batchnorm.parity.layers import Layer
+from mnist_batchnorm.parity.layers import BatchNorm, Layer, LinearOrConv
 
 ROUNDOFF = 2.0**-24  # u: half the spacing of the float32 numbers just above 1
 UNDERFLOW = 2.0**-150  # half the spacing of the float32 numbers around 0
 OVERFLOW = torch.finfo(torch.float32).max
-ALARM = 8  # standard deviations
-OUTPUTS = 256  # at most, for `_by_all_ways`, which goes back through the network once for each
-ELEMENTS = 2**18  # of a chunk of inputs, 2 MB: what belongs to a chunk stays in the cache
+ALARM_SIGMAS = 8  # standard deviations
+MAX_OUTPUTS = 256  # for `_variance_by_derivatives`: one backward pass per output
+CHUNK_ELEMENTS = 2**18  # of the inputs: 2 MB, so that a chunk's tensors stay in the cache
 
-Product = Callable[[Tensor, Tensor], Tensor]  # of inputs and weights: sums of their products
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+Product = Callable[[Tensor, Tensor], Tensor]  # sums of products of inputs and weights
 Pooling = nn.AvgPool2d | nn.AdaptiveAvgPool2d
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What lies between two layers, for each input of a batch; float64, all of one shape.
+class UncertainTensor:
+    """Activations of a batch with their rounding errors; float64 tensors of one shape.
 
     Attributes:
-        value: exact.
-        variance: of the rounding error that float32 arithmetic has gathered so far.
-        bound: on the absolute value of that error. Infinity or NaN, in both, where a float32
-            may have overflowed, so that nothing can be said.
+        value: exact value.
+        variance: variance of the accumulated rounding error.
+        bound: bound on the absolute rounding error. Both are infinite or NaN where a float32 may
+            have overflowed.
     """
 
     value: Tensor
@@ -60,48 +58,44 @@ class Signal:
     bound: Tensor
 
 
-Observe = Callable[[Layer, Signal], None]
+Observe = Callable[[Layer, UncertainTensor], None]
 
 
 @torch.inference_mode()
-def propagate(
+def propagate_errors(
     layers: Sequence[Layer], inputs: Tensor, observe: Observe = lambda layer, entering: None
-) -> Signal:
-    """Carry inputs, and the rounding errors made on the way, through a network in eval mode.
+) -> UncertainTensor:
+    """Compute a network's outputs in eval mode with their rounding errors.
 
     Args:
-        layers: float32 layers that the gate knows.
+        layers: supported float32 layers.
         inputs: float32 ``[n, ...]``, n > 0, finite.
-        observe: called with each activation and what enters it, for some of the inputs at a time.
-
-    Returns:
-        What the last layer gives.
+        observe: called with each activation layer and its input, once per chunk of inputs.
     """
-    rows = max(1, ELEMENTS // inputs[0].numel())
-    with torch.inference_mode(False):  # whose tensors have no derivatives
+    rows = max(1, CHUNK_ELEMENTS // inputs[0].numel())
+    with torch.inference_mode(False):  # inference tensors have no derivatives
         exact = [deepcopy(layer.module).double().requires_grad_(False).eval() for layer in layers]
     chunks = []
     for chunk in torch.split(inputs.double(), rows):
         fresh: dict[int, Tensor] = {}
-        signal = _propagate(layers, chunk, observe, fresh)
-        if fresh and signal.value.flatten(1).shape[1] <= OUTPUTS:
-            variance = _by_all_ways(exact, chunk, fresh)
+        signal = _propagate_chunk(layers, chunk, observe, fresh)
+        if fresh and signal.value.flatten(1).shape[1] <= MAX_OUTPUTS:
+            variance = _variance_by_derivatives(exact, chunk, fresh)
             signal = replace(signal, variance=torch.fmax(signal.variance, variance))
         chunks.append(signal)
-    return Signal(
+    return UncertainTensor(
         torch.cat([chunk.value for chunk in chunks]),
         torch.cat([chunk.variance for chunk in chunks]),
         torch.cat([chunk.bound for chunk in chunks]),
     )
 
 
-def _by_all_ways(exact: Sequence[nn.Module], inputs: Tensor, fresh: Mapping[int, Tensor]) -> Tensor:
-    """Return the outputs' variance where each rounding reaches them on all its ways at once.
+def _variance_by_derivatives(
+    exact: Sequence[nn.Module], inputs: Tensor, fresh: Mapping[int, Tensor]
+) -> Tensor:
+    """Return the variance of the outputs, float64 ``[n, ...]``, over all paths of each rounding.
 
-    Args:
-        exact: the layers, float64.
-        inputs: float64 ``[n, ...]``.
-        fresh: variance of what is rounded in a layer, to its output, by the layer's index.
+    ``fresh`` maps a layer's index to the variance of the roundings made in it.
     """
     added = []
     with torch.inference_mode(False), torch.enable_grad():
@@ -114,31 +108,33 @@ def _by_all_ways(exact: Sequence[nn.Module], inputs: Tensor, fresh: Mapping[int,
         outputs = value.flatten(1)
         variance = torch.zeros_like(outputs)
         for output in range(outputs.shape[1]):
-            ways = torch.autograd.grad(outputs[:, output].sum(), added, retain_graph=True)
-            for way, rounded in zip(ways, fresh.values(), strict=True):
-                variance[:, output] += (way**2 * rounded.clone()).flatten(1).sum(1)
+            gradients = torch.autograd.grad(outputs[:, output].sum(), added, retain_graph=True)
+            for gradient, rounded in zip(gradients, fresh.values(), strict=True):
+                variance[:, output] += (gradient**2 * rounded.clone()).flatten(1).sum(1)
     return variance.detach().view_as(value)
 
 
-def _propagate(
+def _propagate_chunk(
     layers: Sequence[Layer], inputs: Tensor, observe: Observe, fresh: dict[int, Tensor]
-) -> Signal:
-    signal = Signal(inputs, torch.zeros_like(inputs), torch.zeros_like(inputs))
+) -> UncertainTensor:
+    signal = UncertainTensor(inputs, torch.zeros_like(inputs), torch.zeros_like(inputs))
     before: nn.Module | None = None
     after = [layer.module for layer in layers[1:]] + [None]
     for index, (layer, following) in enumerate(zip(layers, after, strict=True)):
         match layer.module:
             case nn.Linear() | nn.Conv2d() as module:
                 norm = following if isinstance(following, BatchNorm) else None
-                signal, fresh[index + (norm is not None)] = _affine(signal, module, norm)
+                signal, fresh[index + (norm is not None)] = _linear(signal, module, norm)
             case nn.BatchNorm1d() | nn.BatchNorm2d() as module:
-                if not isinstance(before, nn.Linear | nn.Conv2d):  # else it is done already
-                    signal, fresh[index] = _affine(signal, module, module)
+                if not isinstance(before, LinearOrConv):  # else already done
+                    signal, fresh[index] = _linear(signal, module, module)
             case nn.AvgPool2d() | nn.AdaptiveAvgPool2d() as module:
-                signal, fresh[index] = _affine(signal, module, None)
+                signal, fresh[index] = _linear(signal, module, None)
             case nn.Flatten() | nn.MaxPool2d() as module:
-                # a maximum is off by no more than what is off most in its window
-                signal = Signal(*map(module, (signal.value, signal.variance, signal.bound)))
+                # a maximum's error is at most the largest error in its window
+                signal = UncertainTensor(
+                    *map(module, (signal.value, signal.variance, signal.bound))
+                )
             case module:
                 observe(layer, signal)
                 signal, fresh[index] = _activation(signal, module)
@@ -146,25 +142,27 @@ def _propagate(
     return signal
 
 
-def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> tuple[Signal, Tensor]:
-    """Pass y = W x + b and, where given, the batch norm after it; return also what it adds.
+def _linear(
+    signal: UncertainTensor, module: nn.Module, norm: BatchNorm | None
+) -> tuple[UncertainTensor, Tensor]:
+    """Apply y = W x + b and the batch norm after it, if any; also return the added variance.
 
-    The variance is s^2 W^2 times that of x, plus u^2/3 times the square of each intermediate result
-    that is rounded on the one way or the other:
+    The variance is s^2 W^2 times that of x, plus u^2/3 times the square of every intermediate
+    result that is rounded in either form, kept or folded:
 
-    - the products w x and, because they may be folded, the weights s w;
-    - the partial sums, which start at 0 or at the bias, be it s b or, folded, s (b - mean) + beta:
-      the largest of the three counts (`_PartialSums`). An input of 0 adds nothing, rounds nothing;
+    - products w x and, because they may be folded, weights s w;
+    - partial sums, which start at 0 or at the bias, be it s b or, folded, s (b - mean) + beta: the
+      largest of the three counts (`PartialSums`). An input of 0 adds nothing and rounds nothing;
     - the result y, and with batch norm s z, twice, as it may be the sum that ended at the bias;
-    - s itself, by var + eps, root, quotient and gamma, the same on both ways: 4 (y - beta)^2;
+    - s, by var + eps, root, quotient and gamma: 4 (y - beta)^2;
     - folded, b - mean, s (b - mean) and s (b - mean) + beta; kept, s mean and beta - s mean.
 
-    Average pooling sums neighbours, often equal ones (a background). Equal neighbours carry one
-    error, not independent ones, and adding a number again and again rounds off the same remainder
+    Average pooling sums neighbors, often equal ones (a background). Equal neighbors carry one
+    error, not independent ones, and repeated addition of one number rounds off the same remainder
     each time: in both places standard deviations add, not variances.
 
     For the bound, each of the n products and the bias takes part in n additions and at most one
-    rounding more; with batch norm, 8 more, s mean and beta included. Whatever underflows is off by
+    more rounding; with batch norm in 8 more, including s mean and beta. An underflow is off by
     `UNDERFLOW` instead, which s, an input or a weight may multiply.
     """
     product, weight, bias, axis = operands(module, signal.value)
@@ -183,7 +181,7 @@ def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> tuple[
         partial_sums = (terms * product(signal.value.abs(), weight) / 2) ** 2
     else:
         carried = product(signal.variance, weight**2)
-        sums = _PartialSums.of(signal.value, active, weight, product, axis)
+        sums = PartialSums.of(signal.value, active, weight, product, axis)
         z = sums.last + bias
         partial_sums = reduce(
             torch.maximum,
@@ -206,24 +204,24 @@ def _affine(signal: Signal, module: nn.Module, norm: BatchNorm | None) -> tuple[
     lost = torch.where(high > OVERFLOW, torch.inf, 0.0)
     fresh = ROUNDOFF**2 / 3 * rounded + tiny**2 + lost
     bound = gain * product(signal.bound, weight.abs()) + gamma_k * terms_size + tiny + lost
-    return Signal(y, scale**2 * carried + fresh, bound), fresh
+    return UncertainTensor(y, scale**2 * carried + fresh, bound), fresh
 
 
 @dataclass(frozen=True)
-class _PartialSums:
-    """The partial sums of the products w x that make each output, all float64.
+class PartialSums:
+    """Moments of the partial sums of the products w x that make each output, all float64.
 
-    They are taken in the order of the inputs, block by block; the order within a block counts as
-    random. With N products t that add up to d, the partial sum of k of them is k d / N on average,
-    its square k (N-k) / (N (N-1)) sum t^2 + k (k-1) / (N (N-1)) d^2: summed over k = 1 ... N,
-    d (N+1)/2 and (N+1) (sum t^2 / 6 + d^2 / 3). Blocks matter where neighbouring inputs are alike:
-    an image's partial sums wander further than those of its pixels shuffled.
+    Sums run in the order of the inputs, block by block; the order within a block counts as random.
+    With N products t that add up to d, the partial sum of k of them is k d / N on average, its
+    square k (N-k) / (N (N-1)) sum t^2 + k (k-1) / (N (N-1)) d^2: summed over k = 1 ... N,
+    d (N+1)/2 and (N+1) (sum t^2 / 6 + d^2 / 3). Blocks matter if neighboring inputs are alike: the
+    partial sums of an image wander further than those of its shuffled pixels.
 
     Attributes:
-        last: the sum of all products.
-        count: how many are not 0.
-        first: the sum of the partial sums.
-        second: the sum of their squares.
+        last: sum of all products.
+        count: number of nonzero products.
+        first: sum of the partial sums.
+        second: sum of their squares.
     """
 
     last: Tensor
@@ -234,19 +232,13 @@ class _PartialSums:
     @classmethod
     def of(
         cls, value: Tensor, active: Tensor, weight: Tensor, product: Product, axis: int | None
-    ) -> "_PartialSums":
-        """Sum along an axis of the inputs, or all as one block."""
+    ) -> "PartialSums":
+        """Sum along an axis of the inputs in blocks, or everything as one block."""
         blocks = [(value, active, weight)]
         if axis is not None:
             size = max(1, round(value.shape[axis] ** 0.5))
-            blocks = list(
-                zip(
-                    torch.split(value, size, axis),
-                    torch.split(active, size, axis),
-                    torch.split(weight, size, 1),
-                    strict=True,
-                )
-            )
+            parts = ((value, axis), (active, axis), (weight, 1))
+            blocks = list(zip(*(torch.split(x, size, along) for x, along in parts), strict=True))
         last = count = first = second = torch.zeros((), dtype=torch.float64)
         for x, used, w in blocks:
             step, n = product(x, w), product(used, torch.ones_like(w))
@@ -263,9 +255,9 @@ class _PartialSums:
 
 
 def operands(module: nn.Module, value: Tensor) -> tuple[Product, Tensor, Tensor, int | None]:
-    """Return a layer's sum of products, its weights, its bias, and the axis that sums run along.
+    """Return a layer's sum of products, its weights and bias, float64, and the axis of the sums.
 
-    All float64. No axis where products are summed over pixels only, or over a group of channels.
+    The axis is None if products are summed over pixels only, or over a group of channels.
     """
     none = torch.zeros(1, dtype=torch.float64)
     match module:
@@ -293,15 +285,15 @@ def operands(module: nn.Module, value: Tensor) -> tuple[Product, Tensor, Tensor,
             )
         case nn.AdaptiveAvgPool2d():
             window_sum = partial(torch.sum, dim=(-2, -1), keepdim=True)
-        case _:  # a batch norm of its own: 1 times each input
+        case _:  # a batch norm without a layer to fold into: 1 times each input
             return torch.mul, torch.ones(1, dtype=torch.float64), none, None
     ones = torch.ones_like(value[:1])
-    weights = module(ones) / window_sum(ones)  # padding counts or does not, so read it off
+    weights = module(ones) / window_sum(ones)  # padding may count or not, so measure it
     return (lambda x, w: window_sum(x) * w), weights, none, None
 
 
 def normalization(norm: BatchNorm | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return batch norm's s, mean and beta, float64, to fit the outputs of the layer before."""
+    """Return batch norm's s, mean and beta, float64, broadcastable to ``like``."""
     scale, mean, beta = torch.ones(1, dtype=torch.float64), torch.zeros(1), torch.zeros(1)
     if norm is not None:
         assert norm.running_mean is not None
@@ -317,10 +309,10 @@ def _per_channel(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.double().reshape(-1, *[1] * (like.dim() - 2))
 
 
-def _activation(signal: Signal, module: nn.Module) -> tuple[Signal, Tensor]:
-    """Pass a unit of the ReLU family: an error grows by the steepest slope that the input may meet.
+def _activation(signal: UncertainTensor, module: nn.Module) -> tuple[UncertainTensor, Tensor]:
+    """Apply a unit of the ReLU family: an error grows by the steepest slope near the input.
 
-    That is the steepest within `ALARM` standard deviations of its value, for the bound within the
+    "Near" is within `ALARM_SIGMAS` standard deviations for the variance, within the bound for the
     bound. A leaky unit rounds twice below 0: its slope to float32, and the product.
     """
     x = signal.value
@@ -330,26 +322,28 @@ def _activation(signal: Signal, module: nn.Module) -> tuple[Signal, Tensor]:
         above = (x + error > 0) & (x - error < ceiling)
         return torch.maximum(above.double(), (x - error < 0) * leak.abs())
 
-    deviation, bound = ALARM * signal.variance.sqrt(), signal.bound
+    deviation, bound = ALARM_SIGMAS * signal.variance.sqrt(), signal.bound
     rounded = (x < deviation) * 2 * (leak * x) ** 2
     roundings = (x < bound) * 3 * ROUNDOFF * leak.abs() * (x.abs() + bound)
     tiny = UNDERFLOW * (leak != 0) * (1 + x.abs() + bound)
     fresh = ROUNDOFF**2 / 3 * rounded + tiny**2
     variance = slope(deviation) ** 2 * signal.variance + fresh
-    return Signal(activate(module, x), variance, slope(bound) * bound + roundings + tiny), fresh
+    return UncertainTensor(
+        activate(module, x), variance, slope(bound) * bound + roundings + tiny
+    ), fresh
 
 
 def activate(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a unit of the ReLU family to float64."""
+    """Apply a unit of the ReLU family to a float64 tensor."""
     leak, ceiling = kinks(module, x)
     return torch.where(x > 0, x.clamp(max=ceiling), leak * x)
 
 
 def kinks(module: nn.Module, like: Tensor) -> tuple[Tensor, float]:
-    """Return the slope of a unit of the ReLU family below 0, and the input where it is cut off."""
+    """Return the slope of a unit of the ReLU family below 0, and the input that caps its output."""
     leak = torch.zeros(1, dtype=torch.float64)
     if isinstance(module, nn.LeakyReLU):
-        leak = torch.tensor([module.negative_slope], dtype=torch.float64)
+        leak += module.negative_slope
     elif isinstance(module, nn.PReLU):
         leak = _per_channel(module.weight, like)
     return leak, 6.0 if isinstance(module, nn.ReLU6) else torch.inf
