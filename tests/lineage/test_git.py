@@ -11,7 +11,8 @@ import pytest
 
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.paths import LOCK_FILE
-from mnist_batchnorm.lineage.git import Experiment, History, Made, md5_of, outs_of, stages_of
+from mnist_batchnorm.lineage.dvc_lock import md5_by_path, output_files, parse_stages
+from mnist_batchnorm.lineage.git import Experiment, GitHistory, Provenance
 
 WEIGHTS = "models/bn.safetensors"
 GARBAGE = [
@@ -87,8 +88,8 @@ class Repository:
         return commit
 
     @property
-    def history(self) -> History:
-        return History(self.folder)
+    def history(self) -> GitHistory:
+        return GitHistory(self.folder)
 
 
 Make = Callable[..., Repository]
@@ -127,8 +128,8 @@ def test_result_is_its_oldest_commits(repository: Repository) -> None:
     assert history.first_commit(md5("two")) == second
     assert history.first_commit(md5("three")) is None
     deps = {"data/prepared/train.safetensors": md5("more")}
-    assert history.made("train", md5("two")) == Made(second, True, (), deps)
-    assert history.made("train", md5("three")) == Made(third)
+    assert history.provenance("train", md5("two")) == Provenance(second, True, (), deps)
+    assert history.provenance("train", md5("three")) == Provenance(third)
 
 
 def test_result_of_another_branch_or_tag_is_found(repository: Repository) -> None:
@@ -164,14 +165,14 @@ def newest(results: list[list[str]]) -> list[str]:
 def test_result_that_a_merge_dropped_is_found(repository: Repository) -> None:
     side, _ = merge(repository, lock("main"))
     assert repository.history.first_commit(md5("side")) == side
-    assert [side] in repository.history.results([Path(WEIGHTS)])
+    assert [side] in repository.history.commits_by_result([Path(WEIGHTS)])
 
 
 def test_result_that_a_merge_made_is_the_merges(repository: Repository) -> None:
     side, merged = merge(repository, lock("made of both"))
     assert repository.history.first_commit(md5("made of both")) == merged
-    assert repository.history.made("train", md5("made of both")).recorded
-    assert len(repository.history.results([Path(WEIGHTS)])) == 4
+    assert repository.history.provenance("train", md5("made of both")).recorded
+    assert len(repository.history.commits_by_result([Path(WEIGHTS)])) == 4
     assert repository.history.first_commit(md5("side")) == side
 
 
@@ -182,7 +183,7 @@ def test_results_are_each_ones_newest_commit(repository: Repository) -> None:
     seeds = repository.commit(lock("two", seeds="other seeds"))
     again = repository.commit(lock("one", data="one more"), "same weights")
     of = [Path(WEIGHTS), Path("reports/metrics/seeds.json")]
-    assert newest(repository.history.results(of)) == [second, seeds, again]
+    assert newest(repository.history.commits_by_result(of)) == [second, seeds, again]
 
 
 def test_commit_without_results_is_none(repository: Repository) -> None:
@@ -191,7 +192,7 @@ def test_commit_without_results_is_none(repository: Repository) -> None:
     report.write_text("a page")
     repository.commit("schema: '2.0'\n")
     first = repository.commit(lock("one"))
-    assert newest(repository.history.results([Path(WEIGHTS)])) == [first]
+    assert newest(repository.history.commits_by_result([Path(WEIGHTS)])) == [first]
 
 
 @pytest.mark.parametrize("text", GARBAGE)
@@ -200,17 +201,17 @@ def test_garbage_in_one_commit_does_not_hide_the_others(make: Make, text: str) -
     garbage = repository.commit(text)
     first = repository.commit(lock("one"))
     history = repository.history
-    assert newest(history.results([Path(WEIGHTS)])) == [first]
-    assert history.lock(garbage).get("train", {}).keys() <= {"outs", "deps"}
-    assert outs_of(history.lock(garbage)) == {}
-    assert history.made("train", md5("one")).commit == first
+    assert newest(history.commits_by_result([Path(WEIGHTS)])) == [first]
+    assert history.lock_stages(garbage).get("train", {}).keys() <= {"outs", "deps"}
+    assert output_files(history.lock_stages(garbage)) == {}
+    assert history.provenance("train", md5("one")).commit == first
 
 
 def test_entries_that_are_none_are_left_out() -> None:
     stage = {"outs": [{"path": "a", "md5": "b"}, {"path": "c"}, {"md5": "d"}, 3, {"path": 1}]}
-    assert md5_of(stage, "outs") == {"a": "b"}
-    assert md5_of(stage, "deps") == {}
-    assert stages_of("stages: {train: {outs: []}, other: 3}") == {"train": {"outs": []}}
+    assert md5_by_path(stage, "outs") == {"a": "b"}
+    assert md5_by_path(stage, "deps") == {}
+    assert parse_stages("stages: {train: {outs: []}, other: 3}") == {"train": {"outs": []}}
 
 
 def test_settings_of_the_user_change_nothing(
@@ -231,11 +232,11 @@ def test_settings_of_the_user_change_nothing(
 
 @pytest.mark.usefixtures("make")  # for its settings
 def test_folder_without_git_has_no_history(tmp_path: Path) -> None:
-    history = History(tmp_path)
+    history = GitHistory(tmp_path)
     assert history.head is None
     assert history.experiments == ()
-    assert history.made("train", md5("one")) == Made()
-    assert history.results([Path(WEIGHTS)]) == []
+    assert history.provenance("train", md5("one")) == Provenance()
+    assert history.commits_by_result([Path(WEIGHTS)]) == []
 
 
 def test_program_git_may_be_missing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,7 @@ def test_program_git_may_be_missing(make: Make, monkeypatch: pytest.MonkeyPatch)
     repository.commit(lock("one"))
     monkeypatch.setenv("PATH", "")
     assert repository.history.head is None
-    assert repository.history.made("train", md5("one")) == Made()
+    assert repository.history.provenance("train", md5("one")) == Provenance()
 
 
 # --- experiments --------------------------------------------------------------------------------
@@ -261,12 +262,12 @@ def test_result_of_experiments_is_the_newest_ones_until_it_is_committed(
     expected = [Experiment("b-older", older), Experiment("a-newer", newer)]
     assert history.experiments == tuple(expected)
     assert history.experiments_with(md5("two")) == expected
-    made = history.made("train", md5("two"))
+    made = history.provenance("train", md5("two"))
     assert made[:3] == (newer, True, ("a-newer", "b-older"))
     assert history.first_commit(md5("two")) is None
-    assert history.made("train", md5("one")).commit == start
+    assert history.provenance("train", md5("one")).commit == start
     committed = repository.commit(lock("two"))
-    made = repository.history.made("train", md5("two"))
+    made = repository.history.provenance("train", md5("two"))
     assert (made.commit, made.experiments) == (committed, ("a-newer", "b-older"))
 
 
@@ -279,8 +280,8 @@ def test_experiments_of_one_name_on_two_commits_both_count(repository: Repositor
     assert {one.commit for one in history.experiments} == {first, second}
     assert history.experiments_with(md5("two")) == [Experiment("slower", first)]
     assert history.experiments_with(md5("four")) == [Experiment("slower", second)]
-    assert {first, second} < set(newest(history.results([Path(WEIGHTS)])))
-    assert history.made("train", md5("two")).experiments == ("slower",)
+    assert {first, second} < set(newest(history.commits_by_result([Path(WEIGHTS)])))
+    assert history.provenance("train", md5("two")).experiments == ("slower",)
 
 
 def test_refs_change_with_commits_and_experiments(repository: Repository) -> None:
@@ -331,11 +332,11 @@ def put(repository: Repository, content: str) -> None:
     path.write_text(content)
 
 
-def test_checked_out_is_git_and_the_cache(under_dvc: Repository) -> None:
+def test_checkout_takes_files_from_git_and_from_the_cache(under_dvc: Repository) -> None:
     history = under_dvc.history
     assert history.head is not None
     (under_dvc.folder / "reports/page.html").write_text("edited since")
-    with history.checked_out(history.head) as (folder, missing):
+    with history.checkout(history.head) as (folder, missing):
         assert (folder / "reports/page.html").read_text() == "a page"
         assert (folder / WEIGHTS).read_text() == "one"
         assert (folder / "reports/metrics/seeds.json").read_text() == "seeds"
@@ -343,7 +344,7 @@ def test_checked_out_is_git_and_the_cache(under_dvc: Repository) -> None:
         assert missing == ["data/prepared/test.safetensors"]
     assert not folder.exists()
     assert cache(under_dvc, "one").read_text() == "one"
-    assert history.lacking == {cache(under_dvc, "test images")}
+    assert history.missing_from_cache == {cache(under_dvc, "test images")}
 
 
 def test_cached_is_what_the_cache_holds(under_dvc: Repository) -> None:
@@ -367,7 +368,7 @@ def test_without_dvc_nothing_is_cached(make: Make) -> None:
     repository = make()
     head = repository.commit(lock("one"))
     assert repository.history.cached(md5("one")) is None
-    with repository.history.checked_out(head) as (folder, missing):
+    with repository.history.checkout(head) as (folder, missing):
         assert (folder / LOCK_FILE).is_file()
         assert WEIGHTS in missing
 
@@ -384,7 +385,7 @@ def test_link_to_the_outside_is_left_out(make: Make) -> None:
     (repository.folder / "data").symlink_to("/mnt/data")
     (repository.folder / "note").symlink_to("dvc.lock")
     head = repository.commit(lock("one"))
-    with repository.history.checked_out(head) as (folder, _):
+    with repository.history.checkout(head) as (folder, _):
         assert not (folder / "data").is_symlink()
         assert (folder / "note").read_text() == lock("one")
 
@@ -394,6 +395,6 @@ def test_commit_that_git_lacks_is_an_error(make: Make) -> None:
     repository.commit(lock("one"))
     with (
         pytest.raises(UserError, match="git does not give the files of fffffff: "),
-        repository.history.checked_out("f" * 40),
+        repository.history.checkout("f" * 40),
     ):
         pass

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,15 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from mnist_batchnorm.artifacts.goldens import Goldens, load_goldens
+from mnist_batchnorm.artifacts.goldens import PinnedOutputs, read_pinned_outputs
 from mnist_batchnorm.artifacts.splits import CLASSES, Split, load_split, network_input
+from mnist_batchnorm.core.arrays import relative_change
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import load_params
 from mnist_batchnorm.core.paths import REGISTERED
-from mnist_batchnorm.promotion.goldens import BATCH_SIZES, margins, regress, relative_change
-from mnist_batchnorm.promotion.graph import Graph, load_graph
+from mnist_batchnorm.promotion.goldens import BATCH_SIZES, margins, worst_comparison
+from mnist_batchnorm.promotion.onnx_model import OnnxModel, load_onnx_model
+from tests.conftest import ROOT
 from tests.support.pinned_fixture import (
     BOUNDARY,
     CHECKPOINT,
@@ -31,8 +32,6 @@ from tests.support.pinned_fixture import (
     float64_logits,
 )
 
-ROOT = Path(__file__).parents[2]
-
 # Largest |ORT - float64| over the row's largest |logit|. Measured on these images: ORT 4.5e-7;
 # float32 sums in 60 other orders, as other CPUs' kernels would take them, at most 8e-7. The mildest
 # faults it must see: float16 weights 1.1e-3, epsilon lost 1.4e-3, TF32 3e-3, statistics touched by
@@ -41,7 +40,6 @@ TOLERANCE = 5e-6
 
 EXPORT = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from mnist_batchnorm.stages.export import export
 for name, content in export("bn", Path(sys.argv[1]), int(sys.argv[2])).items():
@@ -49,44 +47,33 @@ for name, content in export("bn", Path(sys.argv[1]), int(sys.argv[2])).items():
 """
 
 
-def export_elsewhere(folder: Path, source: Path, hash_seed: int, time_zone: str) -> Path:
-    """Export the checkpoint into a folder, in a process of its own."""
-    opset = str(load_params(ROOT / "params.yaml").export.opset)
-    circumstances = {
-        "PYTHONPATH": str(source),
-        "PYTHONHASHSEED": str(hash_seed),
-        "TZ": time_zone,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EXPORT, CHECKPOINT, opset],
-        cwd=folder,
-        env=os.environ | circumstances,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders with both graphs, by two processes that share nothing but the checkpoint."""
-    source = tmp_path_factory.mktemp("elsewhere") / "src"
+    """Folders with both graphs: from this process, and from one that shares only the checkpoint."""
+    from mnist_batchnorm.stages.export import export
+
+    here, elsewhere = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("elsewhere")
+    source = tmp_path_factory.mktemp("source") / "src"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(
-            export_elsewhere, tmp_path_factory.mktemp("first"), ROOT / "src", 1, "UTC"
-        )
-        second = pool.submit(
-            export_elsewhere, tmp_path_factory.mktemp("second"), source, 2, "Asia/Seoul"
-        )
-        return first.result(), second.result()
+    opset = load_params(ROOT / "params.yaml").export.opset
+    settings = {"PYTHONPATH": str(source), "PYTHONHASHSEED": "2", "TZ": "Asia/Seoul"}
+    with subprocess.Popen(
+        [sys.executable, "-c", EXPORT, CHECKPOINT, str(opset)],
+        cwd=elsewhere,
+        env=os.environ | settings,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for name, content in export("bn", CHECKPOINT, opset).items():
+            (here / name).write_bytes(content)
+        _, problem = process.communicate()
+    assert process.returncode == 0, problem
+    return here, elsewhere
 
 
 @pytest.fixture(scope="module", params=REGISTERED.values())
-def graph(exports: tuple[Path, Path], request: pytest.FixtureRequest) -> Graph:
-    return load_graph(exports[0] / request.param)
+def graph(exports: tuple[Path, Path], request: pytest.FixtureRequest) -> OnnxModel:
+    return load_onnx_model(exports[0] / request.param)
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +82,21 @@ def images() -> Split:
 
 
 @pytest.fixture(scope="module")
-def goldens(images: Split) -> Goldens:
-    return load_goldens(GOLDENS, images, digest(IMAGES))
+def goldens(images: Split) -> PinnedOutputs:
+    return read_pinned_outputs(GOLDENS, images, digest(IMAGES))
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 def test_logits_are_the_golden_ones(
-    graph: Graph, goldens: Goldens, images: Split, batch_size: int
+    graph: OnnxModel, goldens: PinnedOutputs, images: Split, batch_size: int
 ) -> None:
     logits = graph.logits(network_input(images.images), batch_size)
     assert relative_change(goldens.logits, logits).max() <= TOLERANCE
     np.testing.assert_array_equal(logits.argmax(axis=1), goldens.logits.argmax(axis=1))
 
 
-def test_regress_finds_nothing(graph: Graph, goldens: Goldens, images: Split) -> None:
-    assert regress(graph, goldens, images).same
+def test_regress_finds_nothing(graph: OnnxModel, goldens: PinnedOutputs, images: Split) -> None:
+    assert worst_comparison(graph, goldens, images).same
     assert graph.weights_sha256 == goldens.weights_sha256
 
 
@@ -162,14 +149,14 @@ def test_file_names_no_path_of_this_machine(exports: tuple[Path, Path], name: st
         assert path.encode() not in content, path
 
 
-def test_goldens_follow_from_the_definition(goldens: Goldens, images: Split) -> None:
+def test_goldens_follow_from_the_definition(goldens: PinnedOutputs, images: Split) -> None:
     assert goldens.weights_sha256 == digest(CHECKPOINT)
     logits = float64_logits(CHECKPOINT, network_input(images.images))
     # BLAS may round the last of float64's digits otherwise, so the float32 by one of its own
     np.testing.assert_array_max_ulp(goldens.logits, logits, maxulp=1)
 
 
-def test_images_are_of_every_digit_typical_and_hard(goldens: Goldens, images: Split) -> None:
+def test_images_are_of_every_digit_typical_and_hard(goldens: PinnedOutputs, images: Split) -> None:
     assert len(images) == max(BATCH_SIZES)
     assert np.bincount(images.labels, minlength=CLASSES).min() >= TYPICAL + BOUNDARY
     margin = margins(goldens.logits) / np.abs(goldens.logits).max(axis=1)

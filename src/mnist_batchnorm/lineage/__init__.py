@@ -1,1 +1,5 @@
-"""Where a file comes from: git and DVC."""
+"""What git and DVC record about results.
+
+git: commits and experiments that hold a result, and their files.
+dvc_lock: parse ``dvc.lock``.
+"""

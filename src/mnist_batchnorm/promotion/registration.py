@@ -1,55 +1,46 @@
-"""TODO."""
+"""Register the present files as a version, and decide whether it becomes champion."""
 
 from pathlib import Path
 
-from mnist_batchnorm.artifacts.promotion_report import promotion
+from mnist_batchnorm.artifacts.promotion_report import write_promotion
 from mnist_batchnorm.artifacts.registry_file import Ledger, PromotedByRules, Version, locked
 from mnist_batchnorm.core.errors import UserError
-from mnist_batchnorm.core.files import write_json
 from mnist_batchnorm.core.params import RegisterParams
-from mnist_batchnorm.core.paths import PROMOTION, REGISTRY
-from mnist_batchnorm.lineage.git import History
+from mnist_batchnorm.core.paths import REGISTRY
+from mnist_batchnorm.lineage.git import GitHistory
 from mnist_batchnorm.promotion.measure import measure
 from mnist_batchnorm.promotion.rules import judge, judge_files
 
 
 def register(params: RegisterParams) -> tuple[Ledger, Version]:
-    """Register the present files, judge them, and write down what came of it.
+    """Register and judge the present files; update the ledger and the promotion report.
 
     Returns:
-        The ledger afterwards, and the version that the files are.
+        The updated ledger, and the version of the present files.
 
     Raises:
         UserError: A file is missing or unreadable, or the ledger is not usable.
-        CheckFailedError: An ONNX file gives no logits.
+        CheckFailedError: An ONNX file does not give logits.
     """
-    measured, graphs = measure()
-    findings = judge_files(measured, graphs, params.signed_by)
+    measured, models = measure()
+    results = judge_files(measured, models, params.signed_by)
     with locked(REGISTRY):
-        require_ledger()
+        if not REGISTRY.exists() and GitHistory(Path.cwd()).has_file(REGISTRY):
+            raise UserError(
+                f"{REGISTRY} is gone, but git has it: without it every champion is forgotten; "
+                f"`git checkout -- {REGISTRY}` restores it, `git rm {REGISTRY}` and a commit begin "
+                "anew"
+            )
         ledger = Ledger.load(REGISTRY)
         known = ledger.find(measured.files)
-        if known and not findings["parity"].passed:  # the checkpoint may be another's
+        if known and not results["parity"].passed:  # the checkpoint may belong to other files
             measured = measured.model_copy(update={"weights_sha256": known.weights_sha256})
-        decision = judge(ledger, measured, findings, params)
+        decision = judge(ledger, measured, results, params)
         number = ledger.number_of(measured.files)
         ledger = ledger.with_version(measured, decision)
         if decision.outcome == "promoted":
             ledger = ledger.with_event(PromotedByRules(version=number))
         ledger.save(REGISTRY)
         version = ledger.versions[number - 1]
-        write_json(PROMOTION, promotion(version))
+        write_promotion(version)
     return ledger, version
-
-
-def require_ledger() -> None:
-    """Make sure that no ledger was here that is not here now: that would begin anew.
-
-    Raises:
-        UserError: Git has one, and the working tree does not.
-    """
-    if not REGISTRY.exists() and History(Path.cwd()).holds(REGISTRY):
-        raise UserError(
-            f"{REGISTRY} is gone, but git has it: without it every champion is forgotten; "
-            f"`git checkout -- {REGISTRY}` restores it, `git rm {REGISTRY}` and a commit begin anew"
-        )

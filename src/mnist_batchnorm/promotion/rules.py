@@ -1,14 +1,15 @@
-"""What a version must do to become champion: one function a rule, and each says why.
+"""The rules that a version must pass to become champion, one function each.
 
-A rule does not raise for what it is about: a missing report or a broken file is a refusal with a
-reason, so that all rules are judged and a person sees everything that is wrong at once. A key that
-is none is the caller's mistake, and ends the judging.
+A rule does not raise: a missing report or a broken file is a refusal with a reason, so that all
+rules are judged and all problems show at once. An unusable key raises UserError.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
-from mnist_batchnorm.artifacts.goldens import GOLDENS, IMAGES, load_fixture
+from mnist_batchnorm.artifacts.goldens import GOLDEN_FILES, GOLDEN_IMAGES, read_golden_images
 from mnist_batchnorm.artifacts.parity_report import JudgedFile, Parity
 from mnist_batchnorm.artifacts.reading import read_record
 from mnist_batchnorm.artifacts.registry_file import (
@@ -16,7 +17,7 @@ from mnist_batchnorm.artifacts.registry_file import (
     Figure,
     Ledger,
     Measured,
-    Rule,
+    RuleResult,
     Version,
 )
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
@@ -24,81 +25,95 @@ from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import RegisterParams
 from mnist_batchnorm.core.paths import MODELS, PARITY, REGISTERED
 from mnist_batchnorm.parity.report import CHECKS
-from mnist_batchnorm.promotion.goldens import compare_with_goldens
-from mnist_batchnorm.promotion.graph import Graph
+from mnist_batchnorm.promotion.goldens import compare_with_pinned
+from mnist_batchnorm.promotion.onnx_model import OnnxModel
 
-AGAIN = "check its files out and run `mnist-bn register`"
+ORDER = ("parity", "accuracy", "champion", "goldens", "signature", "rollback")
+LINE_WIDTH = 100  # characters
+
+REGISTER_AGAIN = "check its files out and run `mnist-bn register`"
 
 
-def refusal(says: str) -> Rule:
-    """Return what a rule says that had nothing to measure."""
-    return Rule(passed=False, says=says, numbers={})
+def refusal(reason: str) -> RuleResult:
+    """Return a refusal without measured numbers."""
+    return RuleResult(passed=False, says=reason, numbers={})
 
 
 def judge(
-    ledger: Ledger, measured: Measured, findings: Mapping[str, Rule], params: RegisterParams
+    ledger: Ledger, measured: Measured, results: Mapping[str, RuleResult], params: RegisterParams
 ) -> Decision:
-    """Judge a version against the champion of today.
+    """Judge a version against the present champion.
 
-    The champion itself is compared with the one that it replaced, so that judging it once more
-    says the same again.
-
-    Args:
-        ledger: what is known; it may know the version.
-        measured: the version.
-        findings: of the rules that need the files themselves, `judge_files` or `recorded`.
-        params: what is demanded.
+    The champion itself is compared with its predecessor, so judging it is idempotent. `results`
+    are those of `judge_files` or `recorded_results`.
     """
     number = ledger.number_of(measured.files)
     is_champion = ledger.champion is not None and ledger.champion.version == number
     rival = next(iter(ledger.previous_champions), None) if is_champion else ledger.champion
     found = {
-        **findings,
+        **results,
         "accuracy": accuracy_rule(measured, params.min_accuracy),
         "champion": champion_rule(number, measured, rival, params.alpha),
         "rollback": rollback_rule(ledger, number),
     }
-    order = ("parity", "accuracy", "champion", "goldens", "signature", "rollback")
-    rules = {name: found[name] for name in order if name in found}
-    if all(rule.passed for rule in rules.values()):
+    rules = {name: found[name] for name in ORDER if name in found}
+    if all(result.passed for result in rules.values()):
         return Decision(outcome="promoted", rules=rules)
     return Decision(outcome="kept" if is_champion else "refused", rules=rules)
 
 
 def judge_files(
-    measured: Measured, graphs: Sequence[Graph], signed_by: str | None
-) -> dict[str, Rule]:
-    """Judge what only the files on disk show."""
-    findings = {"parity": parity_rule(measured), "goldens": goldens_rule(graphs)}
+    measured: Measured, models: Sequence[OnnxModel], signed_by: str | None
+) -> dict[str, RuleResult]:
+    """Apply the rules that need the files themselves."""
+    results = {"parity": parity_rule(measured), "goldens": goldens_rule(models)}
     if signed_by is not None:
-        findings["signature"] = signature_rule(Path(signed_by))
-    return findings
+        results["signature"] = signature_rule(Path(signed_by))
+    return results
 
 
-def recorded(version: Version, signed_by: str | None) -> dict[str, Rule]:
-    """Return what `judge_files` found when the stage last had the version's files.
+def recorded_results(version: Version, signed_by: str | None) -> dict[str, RuleResult]:
+    """Return the results of `judge_files` that the ledger records for a version.
 
-    A signature that was not demanded then, or was checked with another key, is refused.
+    A signature that was not required then, or was checked with another key, is refused.
     """
-    then = version.decision.rules
-    unknown = refusal(f"was not judged when version {version.version} was registered; {AGAIN}")
-    findings = {name: then.get(name, unknown) for name in ("parity", "goldens")}
-    if signed_by is not None:
-        findings["signature"] = then.get("signature", unknown)
-        if findings["signature"].numbers.get("key_sha256") != _sha256(Path(signed_by)):
-            findings["signature"] = refusal(
-                f"version {version.version} was not checked with the key {signed_by}; {AGAIN}"
-            )
-    return findings
+    recorded = version.decision.rules
+    unknown = refusal(
+        f"was not judged when version {version.version} was registered; {REGISTER_AGAIN}"
+    )
+    results = {name: recorded.get(name, unknown) for name in ("parity", "goldens", "signature")}
+    if signed_by is None:
+        del results["signature"]
+    elif results["signature"].numbers.get("key_sha256") != _sha256(Path(signed_by)):
+        results["signature"] = refusal(
+            f"version {version.version} was not checked with the key {signed_by}; {REGISTER_AGAIN}"
+        )
+    return results
 
 
-def parity_rule(measured: Measured) -> Rule:
-    """Demand the gate's verdict that these very files compute what the checkpoint computes."""
+def format_decision(decision: Decision) -> str:
+    """Format the rules' results as a table, wrapped at `LINE_WIDTH`."""
+    lines = []
+    for name, result in decision.rules.items():
+        head = f"  {'ok' if result.passed else 'REFUSED':<7}  {name:<9}  "
+        lines += textwrap.wrap(
+            result.says,
+            LINE_WIDTH,
+            initial_indent=head,
+            subsequent_indent=" " * len(head),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def parity_rule(measured: Measured) -> RuleResult:
+    """Require the gate's verdict of parity, about exactly these files."""
     try:
         parity = read_record(PARITY, Parity, "verify")
     except UserError as problem:
         return refusal(str(problem))
-    if other := about_something_else(parity, measured):
+    if other := _mismatch(parity, measured):
         return refusal(f"{PARITY} {other}; run `dvc repro verify`")
     numbers: dict[str, dict[str, Figure]] = {}
     problems = []
@@ -108,16 +123,19 @@ def parity_rule(measured: Measured) -> Rule:
         numbers[name] = {"checks": len(graph.checks), "passed": len(graph.checks) - len(failed)}
         if not graph.proven:
             problems.append(f"{file}: {', '.join(failed) or graph.verdict}")
-    if problems or not parity.proves(REGISTERED.values()):
-        says = f"no parity: {'; '.join(problems) or PARITY}; `dvc repro verify` shows the evidence"
-        return Rule(passed=False, says=says, numbers={**numbers})
+    passed = not problems and parity.proves(REGISTERED.values())
     counts = " and ".join(str(number["checks"]) for number in numbers.values())
-    says = f"both files compute what their checkpoint computes: all {counts} checks passed"
-    return Rule(passed=True, says=says, numbers={**numbers})
+    return RuleResult(
+        passed=passed,
+        says=f"both files compute what their checkpoint computes: all {counts} checks passed"
+        if passed
+        else f"no parity: {'; '.join(problems) or PARITY}; `dvc repro verify` shows the evidence",
+        numbers={**numbers},
+    )
 
 
-def about_something_else(parity: Parity, measured: Measured) -> str | None:
-    """Say why a report is none of today's gate about these very files; None if it is."""
+def _mismatch(parity: Parity, measured: Measured) -> str | None:
+    """Return how a report is not about these files or not by the present gate; None if it is."""
     judged: dict[str, tuple[JudgedFile, str]] = {"test images": (parity.data, measured.test_sha256)}
     for name, file in REGISTERED.items():
         graph = parity.graphs.get(file)
@@ -128,21 +146,21 @@ def about_something_else(parity: Parity, measured: Measured) -> str | None:
             return f"is not of today's gate: its checks are {', '.join(names) or 'none'}"
         judged[graph.onnx.path] = (graph.onnx, measured.files[name].sha256)
         judged[graph.weights.path] = (graph.weights, measured.weights_sha256)
-    for what, (then, sha256) in judged.items():
-        if then.sha256 != sha256:
+    for what, (file_then, sha256) in judged.items():
+        if file_then.sha256 != sha256:
             return (
-                f"is about a {then.path} with SHA-256 {then.sha256[:12]}…, but "
+                f"is about a {file_then.path} with SHA-256 {file_then.sha256[:12]}…, but "
                 f"the {'test images are' if what == 'test images' else 'file is'} {sha256[:12]}…"
             )
     return None
 
 
-def accuracy_rule(measured: Measured, minimum: float) -> Rule:
-    """Demand an accuracy of each file on the test images."""
+def accuracy_rule(measured: Measured, minimum: float) -> RuleResult:
+    """Require an accuracy on the test images, of each file."""
     accuracies = {name: measured.accuracy(name) for name in REGISTERED}
     passed = min(accuracies.values()) >= minimum
     shares = " and ".join(f"{share:.4f}" for share in accuracies.values())
-    return Rule(
+    return RuleResult(
         passed=passed,
         says=f"{shares} of {measured.test_images:,} test images right, "
         f"{'at least' if passed else 'demanded are'} {minimum:g}",
@@ -156,38 +174,23 @@ def accuracy_rule(measured: Measured, minimum: float) -> Rule:
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the one-sided p-value of the exact McNemar test.
 
-    McNemar, "Note on the sampling error of the difference between correlated proportions or
-    percentages", Psychometrika 12 (1947), in its exact binomial form: if neither of two classifiers
-    is better, each image that only one of them gets right is equally likely to be either's. In
-    whole numbers up to the one division, so that every machine gets the same bits.
-
-    Args:
-        only_first: images that only the first gets right.
-        only_second: images that only the second gets right.
-
-    Returns:
-        How likely at least ``only_first`` of the images on which they differ would be the
-        first's, if the second were as good.
+    The probability that at least ``only_first`` of the images that just one of two equally good
+    classifiers gets right are the first's (McNemar, "Note on the sampling error of the difference
+    between correlated proportions or percentages", Psychometrika 12, 1947, in its exact binomial
+    form). Integer arithmetic up to one division, so every machine gives the same bits.
     """
     n = only_first + only_second
-    ways = total = 1  # of n images, all n the first's
-    for k in range(n, only_first, -1):
-        ways = ways * k // (n - k + 1)  # C(n, k - 1) from C(n, k)
-        total += ways
-    return total / (1 << n)
+    # C(n, k) from C(n, k - 1), where k images are the second's
+    ways = accumulate(range(1, only_second + 1), lambda c, k: c * (n - k + 1) // k, initial=1)
+    return sum(ways) / (1 << n)
 
 
-def champion_rule(number: int, measured: Measured, rival: Version | None, alpha: float) -> Rule:
-    """Refuse what is significantly worse than the champion, for either name.
-
-    Args:
-        number: of the version that is judged.
-        measured: the version.
-        rival: the champion that it is compared with.
-        alpha: level of the test.
-    """
+def champion_rule(
+    number: int, measured: Measured, rival: Version | None, alpha: float
+) -> RuleResult:
+    """Refuse a version of which either file is significantly worse than the rival's."""
     if rival is None:
-        return Rule(passed=True, says="there was no champion to compare with", numbers={})
+        return RuleResult(passed=True, says="there was no champion to compare with", numbers={})
     if rival.test_sha256 != measured.test_sha256:
         return refusal(
             f"version {rival.version}, the champion, was measured on other test images (SHA-256 "
@@ -197,12 +200,11 @@ def champion_rule(number: int, measured: Measured, rival: Version | None, alpha:
     numbers: dict[str, dict[str, Figure]] = {}
     for name in REGISTERED:
         ours, theirs = set(measured.errors[name]), set(rival.errors[name])
-        only_champion, only_candidate = len(ours - theirs), len(theirs - ours)
-        p = mcnemar(only_champion, only_candidate)
+        rival_right, ours_right = len(ours - theirs), len(theirs - ours)
         numbers[name] = {
-            "only_champion_right": only_champion,
-            "only_candidate_right": only_candidate,
-            "p": p,
+            "only_champion_right": rival_right,
+            "only_candidate_right": ours_right,
+            "p": mcnemar(rival_right, ours_right),
         }
     passed = all(number["p"] > alpha for number in numbers.values())
     findings = ", ".join(
@@ -210,7 +212,7 @@ def champion_rule(number: int, measured: Measured, rival: Version | None, alpha:
         f"{n['only_champion_right']} wrong that it gets right, p = {n['p']:.2g}"
         for name, n in numbers.items()
     )
-    return Rule(
+    return RuleResult(
         passed=passed,
         says=f"{'not significantly ' if passed else ''}worse than version {rival.version}, the "
         f"champion (alpha {alpha:g}): {findings}",
@@ -218,43 +220,44 @@ def champion_rule(number: int, measured: Measured, rival: Version | None, alpha:
     )
 
 
-def goldens_rule(graphs: Sequence[Graph]) -> Rule:
-    """Demand the outputs that somebody has pinned."""
-    if not IMAGES.exists():  # before `load_fixture` says in which folder of which machine
-        return refusal(f"no {IMAGES}, the images of the goldens; restore it with git")
+def goldens_rule(models: Sequence[OnnxModel]) -> RuleResult:
+    """Require the pinned outputs."""
+    if not GOLDEN_IMAGES.exists():  # first: `read_golden_images` names a folder of this machine
+        return refusal(f"no {GOLDEN_IMAGES}, the images of the goldens; restore it with git")
     try:
-        goldens, comparisons = compare_with_goldens(graphs, *load_fixture())
+        pinned, comparisons = compare_with_pinned(models, *read_golden_images())
     except (UserError, CheckFailedError) as problem:
         return refusal(str(problem))
-    numbers: dict[str, dict[str, Figure]] = {}
-    for name, file in REGISTERED.items():
-        comparison = comparisons[file]
-        numbers[name] = {
-            "max_change": comparison.max_change,
-            "images_beyond": comparison.images_beyond,
-            "flips": len(comparison.flips),
+    numbers = {
+        name: {
+            "max_change": comparisons[file].max_change,
+            "images_beyond": comparisons[file].images_beyond,
+            "flips": len(comparisons[file].flips),
         }
-    count = len(goldens.images)
-    if all(comparison.same for comparison in comparisons.values()):
-        says = f"both files give the pinned outputs for {count} images"
-        return Rule(passed=True, says=says, numbers={**numbers})
+        for name, file in REGISTERED.items()
+    }
+    count = len(pinned.images)
+    passed = all(comparison.same for comparison in comparisons.values())
     beyond, flips = (max(n[key] for n in numbers.values()) for key in ("images_beyond", "flips"))
-    says = (
-        f"outputs differ from {GOLDENS} for {beyond} of {count} images, predictions for {flips}; "
-        "if that is meant, pin them with `mnist-bn regress --update`"
+    return RuleResult(
+        passed=passed,
+        says=f"both files give the pinned outputs for {count} images"
+        if passed
+        else f"outputs differ from {GOLDEN_FILES['bn']} for {beyond} of {count} images, "
+        f"predictions for {flips}; if that is meant, pin them with `mnist-bn regress --update`",
+        numbers={**numbers},
     )
-    return Rule(passed=False, says=says, numbers={**numbers})
 
 
-def signature_rule(key: Path) -> Rule:
-    """Demand that the files are signed with the private key that belongs to a public one."""
+def signature_rule(key: Path) -> RuleResult:
+    """Require a signature by the private key of a public key."""
     from mnist_batchnorm.signing.signer import signature_problem
 
     key_sha256 = _sha256(key)
     if key_sha256 is None:
         return refusal(f"no {key}, the public key that register.signed_by names")
     problem = signature_problem(MODELS, key)
-    return Rule(
+    return RuleResult(
         passed=problem is None,
         says=problem or f"signed with the key that {key} belongs to",
         numbers={"key_sha256": key_sha256},
@@ -265,11 +268,11 @@ def _sha256(path: Path) -> str | None:
     return digest(path) if path.is_file() else None
 
 
-def rollback_rule(ledger: Ledger, number: int) -> Rule:
-    """Respect that a person has taken the version back."""
+def rollback_rule(ledger: Ledger, number: int) -> RuleResult:
+    """Refuse a version that a person rolled back."""
     if ledger.was_rolled_back(number):
         return refusal(
             f"version {number} was rolled back: only `mnist-bn promote {number} --override "
             '"reason"` promotes it again'
         )
-    return Rule(passed=True, says="was never rolled back", numbers={})
+    return RuleResult(passed=True, says="was never rolled back", numbers={})

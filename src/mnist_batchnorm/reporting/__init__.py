@@ -1,1 +1,7 @@
-"""The report: figures, plots, page and model card."""
+"""The report on one run of the pipeline.
+
+results: gather the files of the earlier stages.
+figures: numbers computed from them.
+plots: pictures.
+page: the HTML page and the model card.
+"""

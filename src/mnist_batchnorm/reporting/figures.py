@@ -1,4 +1,4 @@
-"""TODO."""
+"""Numbers of the report: intervals, paired difference, reliability, confident mistakes."""
 
 import math
 from dataclasses import dataclass
@@ -6,57 +6,44 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mnist_batchnorm.artifacts.reading import Floats
-from mnist_batchnorm.reporting import plots
+from mnist_batchnorm.core.arrays import Float64, calibration_bins
 from mnist_batchnorm.reporting.results import Results
 
-SHOWN_MISTAKES = 12
+MAX_MISTAKES = 12
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
 
-def wilson_interval(successes: npt.ArrayLike, trials: npt.ArrayLike) -> Floats:
+def wilson_interval(successes: npt.ArrayLike, trials: npt.ArrayLike) -> Float64:
     """Return 95 % intervals of proportions, low and high, float64 ``[2, ...]``.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference": unlike
-    the textbook interval it holds near 0 and 1, where these accuracies are.
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927: unlike
+    the textbook interval it is accurate near 0 and 1, where these accuracies are.
     """
     trials = np.asarray(trials, dtype=np.float64)
     share = np.asarray(successes) / trials
-    centre = share + Z95**2 / (2 * trials)
+    center = share + Z95**2 / (2 * trials)
     spread = Z95 * np.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
-    ends: Floats = np.stack([centre - spread, centre + spread]) / (1 + Z95**2 / trials)
+    ends: Float64 = np.stack([center - spread, center + spread]) / (1 + Z95**2 / trials)
     return ends
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Batch norm against plain, on the same test images.
-
-    Attributes:
-        difference: accuracy of batch norm minus accuracy of plain.
-        low: lower end of the difference's 95 % interval.
-        high: upper end.
-        only_bn: images that only batch norm gets right.
-        only_plain: images that only plain gets right.
-    """
+    """Accuracy of batch norm minus that of plain, with the ends of its 95 % interval."""
 
     difference: float
     low: float
     high: float
-    only_bn: int
+    only_bn: int  # number of images that only batch norm gets right
     only_plain: int
 
 
 def paired_difference(bn: npt.NDArray[np.bool_], plain: npt.NDArray[np.bool_]) -> PairedDifference:
-    """Compare two networks image by image.
+    """Compare the networks' right answers, ``[n]`` each, image by image.
 
     The interval is Wald's for paired proportions (Agresti, "Categorical Data Analysis",
-    section on comparing dependent proportions): only the discordant images carry variance.
-
-    Args:
-        bn: ``[n]``, whether batch norm is right.
-        plain: ``[n]``, whether plain is right.
+    section on comparing dependent proportions).
     """
     n, only_bn, only_plain = len(bn), int((bn & ~plain).sum()), int((plain & ~bn).sum())
     difference = (only_bn - only_plain) / n
@@ -66,23 +53,25 @@ def paired_difference(bn: npt.NDArray[np.bool_], plain: npt.NDArray[np.bool_]) -
     )
 
 
-def reliability(
-    probability: Floats, correct: npt.NDArray[np.bool_], bins: int
-) -> plots.Reliability:
-    """Group images by confidence, in the calibration error's bins, leaving out empty ones.
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence against accuracy, one value per bin that contains images."""
 
-    Args:
-        probability: ``[n]``, of the predicted class.
-        correct: ``[n]``, whether the prediction was right.
-        bins: number of equal-width bins between 0 and 1; a bin includes its upper edge.
-    """
-    which = np.clip(np.ceil(probability * bins).astype(int) - 1, 0, bins - 1)
-    images = np.bincount(which, minlength=bins)
-    right = np.bincount(which, weights=correct, minlength=bins)
-    confidence = np.bincount(which, weights=probability, minlength=bins)
+    confidence: Float64  # mean probability of the predicted class
+    accuracy: Float64  # share of right predictions
+    interval: Float64  # [2, bins], low and high end of the accuracy's 95 % interval
+    images: npt.NDArray[np.int64]  # number of images
+
+
+def reliability(probability: Float64, correct: npt.NDArray[np.bool_], bins: int) -> Reliability:
+    """Group images by confidence, in the bins of `calibration_bins`, leaving out empty ones."""
+    bin_of = calibration_bins(probability, bins)
+    images = np.bincount(bin_of)
+    right = np.bincount(bin_of, weights=correct)
+    confidence = np.bincount(bin_of, weights=probability)
     held = images > 0
     counts = images[held]
-    return plots.Reliability(
+    return Reliability(
         confidence=confidence[held] / counts,
         accuracy=right[held] / counts,
         interval=wilson_interval(right[held], counts),
@@ -102,38 +91,22 @@ def most_confused(results: Results) -> int:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that batch norm gets wrong.
+    """A test image that batch norm gets wrong."""
 
-    Attributes:
-        picture: PNG as a data URI, ink on paper.
-        index: position in the IDX file.
-        actual: the image's class.
-        predicted: batch norm's answer.
-        probability: batch norm's confidence in it.
-        plain: the plain network's answer.
-    """
-
-    picture: str
-    index: int
+    image: npt.NDArray[np.uint8]  # [28, 28]
+    index: int  # position in the IDX file
     actual: int
     predicted: int
-    probability: float
-    plain: int
+    probability: float  # batch norm's confidence in its prediction
+    plain: int  # the plain network's prediction
 
 
 def confident_mistakes(results: Results) -> list[Mistake]:
     """Return batch norm's most confident errors, the most confident first."""
     test, bn = results.test, results.networks["bn"]
-    wrong = np.flatnonzero(bn.predicted != test.labels)
-    worst = wrong[np.argsort(-bn.probability[wrong], kind="stable")][:SHOWN_MISTAKES]
-    return [
-        Mistake(
-            picture=plots.png_uri(test.images[i]),
-            index=int(test.index[i]),
-            actual=int(test.labels[i]),
-            predicted=int(bn.predicted[i]),
-            probability=float(bn.probability[i]),
-            plain=int(results.networks["plain"].predicted[i]),
-        )
-        for i in worst
-    ]
+    wrong = np.flatnonzero(~results.right("bn"))
+    worst = wrong[np.argsort(-bn.probability[wrong], kind="stable")][:MAX_MISTAKES]
+    plain = results.networks["plain"].predicted
+    columns = (test.index, test.labels, bn.predicted, bn.probability, plain)
+    rows = zip(*(column[worst].tolist() for column in columns), strict=True)
+    return [Mistake(image, *row) for image, row in zip(test.images[worst], rows, strict=True)]

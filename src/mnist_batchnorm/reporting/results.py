@@ -1,16 +1,14 @@
-"""What the earlier stages left on disk: read, checked, and checked against each other."""
+"""The results that the report shows, gathered from the files of the earlier stages."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+import numpy.typing as npt
 
-from mnist_batchnorm.artifacts.metrics import DataMetrics
-from mnist_batchnorm.artifacts.network_results import Network, read_network
+from mnist_batchnorm.artifacts.checkpoints import LayerStatistics, read_layers
+from mnist_batchnorm.artifacts.data_summary import DataSummary, read_data_summary
+from mnist_batchnorm.artifacts.network_results import NetworkResults, read_network
 from mnist_batchnorm.artifacts.parity_report import Parity, read_parity
-from mnist_batchnorm.artifacts.reading import Floats, read_record
 from mnist_batchnorm.artifacts.seeds import SeedRuns, read_seeds
 from mnist_batchnorm.artifacts.splits import Split, load_split
 from mnist_batchnorm.core.errors import UserError
@@ -22,32 +20,14 @@ from mnist_batchnorm.core.paths import (
     GRAPHS,
     MODELS,
     PARITY,
-    REPORTS,
     TEST_SPLIT,
     VARIANTS,
 )
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
-    """One batch-norm layer, a value for each of its units.
-
-    Attributes:
-        mean: running mean of what arrives.
-        deviation: square root of the running variance.
-        scale: learned gamma, the deviation of what leaves.
-        shift: learned beta, the mean of what leaves.
-    """
-
-    mean: Floats
-    deviation: Floats
-    scale: Floats
-    shift: Floats
-
-
-@dataclass(frozen=True)
 class ModelFile:
-    """A file that ships: its name, size in bytes and SHA-256."""
+    """A published file: its path, size in bytes and SHA-256."""
 
     name: str
     size: int
@@ -56,12 +36,12 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the report is made from."""
+    """The content of the report."""
 
     params: Params
-    data: DataMetrics
+    data: DataSummary
     test: Split
-    networks: dict[str, Network]
+    networks: dict[str, NetworkResults]
     seeds: SeedRuns
     layers: dict[str, LayerStatistics]
     parity: Parity
@@ -69,49 +49,26 @@ class Results:
 
     @property
     def lecture(self) -> bool:
-        """Whether training was watched on the test images, as the lecture does it."""
+        """Whether the valid images are the test images, as in the lecture."""
         return self.data.protocol.startswith("lecture")
 
     @property
     def split_labels(self) -> dict[str, str]:
-        """What to call the two splits that the learning curves watch."""
+        """The names of the two splits of the learning curves."""
         return {"train": "train", "valid": "valid (= test images)" if self.lecture else "valid"}
 
-
-def read_layers(path: Path) -> dict[str, LayerStatistics]:
-    """Read each batch-norm layer's statistics and learned scale and shift from a checkpoint.
-
-    Raises:
-        UserError: The file is missing or unreadable, or a layer lacks one of the four.
-    """
-    suffix = ".running_mean"
-    try:
-        tensors = {name: t.astype(np.float64) for name, t in load_file(path).items()}
-        return {
-            (layer := name.removesuffix(suffix)): LayerStatistics(
-                mean=mean,
-                deviation=np.sqrt(tensors[f"{layer}.running_var"]),
-                scale=tensors[f"{layer}.weight"],
-                shift=tensors[f"{layer}.bias"],
-            )
-            for name, mean in sorted(tensors.items(), key=lambda item: (len(item[0]), item[0]))
-            if name.endswith(suffix)
-        }
-    except FileNotFoundError:
-        raise UserError(f"no {path}; run `dvc repro train` first") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {error}") from None
+    def right(self, variant: str) -> npt.NDArray[np.bool_]:
+        """Whether a network predicts each test image's class, ``[n]``."""
+        right: npt.NDArray[np.bool_] = self.networks[variant].predicted == self.test.labels
+        return right
 
 
 def read_results() -> Results:
-    """Gather everything the report is made from, in the current folder.
+    """Gather the results in the current folder.
 
     Raises:
         UserError: An input is missing, malformed, or does not fit the others.
     """
-    params = load_params()
     test = load_split(TEST_SPLIT)
     parity = read_parity()
     # commits from before 2026-11-25 do not judge plain.onnx; sync reads those too
@@ -119,8 +76,8 @@ def read_results() -> Results:
         raise UserError(f"{PARITY} says nothing about {', '.join(missing)}; run `dvc repro verify`")
     files = [*CHECKPOINTS.values(), *(MODELS / name for name in parity.graphs)]
     return Results(
-        params=params,
-        data=read_record(REPORTS / "metrics/data.json", DataMetrics, "prepare"),
+        params=load_params(),
+        data=read_data_summary(),
         test=test,
         networks={variant: read_network(variant, test) for variant in VARIANTS},
         seeds=read_seeds(),

@@ -1,4 +1,4 @@
-"""TODO."""
+"""An ONNX file loaded into ONNX Runtime for measuring."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -9,18 +9,14 @@ import numpy as np
 from mnist_batchnorm.artifacts.splits import CLASSES
 from mnist_batchnorm.core.arrays import Float32
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
+from mnist_batchnorm.core.files import read_output
 from mnist_batchnorm.core.paths import WEIGHTS_KEY
 from mnist_batchnorm.parity import runtime
 
 
 @dataclass(frozen=True)
-class Graph:
-    """An ONNX file in memory, ready to run.
-
-    Attributes:
-        sha256: of the file.
-        session: from float32 ``[batch, 784]`` to the file's own output.
-    """
+class OnnxModel:
+    """An ONNX file, its SHA-256, and the session that runs it."""
 
     path: Path
     sha256: str
@@ -28,14 +24,14 @@ class Graph:
 
     @property
     def weights_sha256(self) -> str | None:
-        """Of the checkpoint that the file says it was made from, if it does."""
+        """SHA-256 of its checkpoint, if the file records it."""
         return self.session.metadata.get(WEIGHTS_KEY)
 
     def logits(self, inputs: Float32, batch_size: int) -> Float32:
-        """Run all inputs, ``batch_size`` at a time; float32 ``[n, 10]``.
+        """Return the logits, ``[n, 10]``, of inputs ``[n, 784]``.
 
         Raises:
-            CheckFailedError: It cannot, or its outputs are not finite logits of that shape.
+            CheckFailedError: The model does not run, or its output is not finite logits.
         """
         try:
             logits = self.session.run_in_batches(inputs, batch_size)
@@ -57,22 +53,17 @@ class Graph:
         return logits
 
 
-def load_graph(path: Path) -> Graph:
+def load_onnx_model(path: Path) -> OnnxModel:
     """Load an ONNX file into ONNX Runtime, on the CPU.
 
     Raises:
         UserError: The file is missing, unreadable or not an ONNX model.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no {path}; run `dvc repro export` first") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_output(path, "export")
     try:
         session = runtime.load(content)
     except runtime.RuntimeFailedError as error:
         raise UserError(
             f"{path} is not an ONNX model that runs: {error}; `dvc repro export` makes it again"
         ) from None
-    return Graph(path, sha256(content).hexdigest(), session)
+    return OnnxModel(path, sha256(content).hexdigest(), session)
