@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from mnist_batchnorm.mlflow_sync.live_child import follow
-from mnist_batchnorm.mlflow_sync.run_identity import Origin
-from mnist_batchnorm.mlflow_sync.run_store import CURVE, Runs
+from mnist_batchnorm.mlflow_sync.live_child import record_live
+from mnist_batchnorm.mlflow_sync.points import CURVE
+from mnist_batchnorm.mlflow_sync.run_identity import RunIdentity
+from mnist_batchnorm.mlflow_sync.run_store import RunStore
 from tests.support import store
 
 
@@ -62,7 +63,7 @@ MESSAGES = begun() + epoch(1)
 
 
 def test_following_records_when_an_epoch_ended(folder: Path, sent: Callable[[bytes], int]) -> None:
-    assert follow(sent(MESSAGES + ended()))
+    assert record_live(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
     assert run.info.status == "FINISHED"
     (point,) = store.client(folder).get_metric_history(run.info.run_id, "curves/train_loss")
@@ -72,7 +73,7 @@ def test_following_records_when_an_epoch_ended(folder: Path, sent: Callable[[byt
 def test_run_starts_with_training_and_not_with_mlflow(
     folder: Path, sent: Callable[[bytes], int]
 ) -> None:
-    assert follow(sent(MESSAGES + ended()))
+    assert record_live(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
     assert run.info.start_time == START
 
@@ -81,7 +82,7 @@ def test_run_starts_with_training_and_not_with_mlflow(
 def test_training_that_was_killed_leaves_a_killed_run(
     folder: Path, sent: Callable[[bytes], int], content: bytes
 ) -> None:
-    follow(sent(content))
+    record_live(sent(content))
     (run,) = store.all_runs(folder)
     assert run.info.status == "KILLED"
     epochs = len(store.history(folder, run, "curves/train_loss"))
@@ -97,7 +98,7 @@ def test_machine_is_measured_when_the_user_asks(
     reader, writer = os.pipe()
     os.write(writer, MESSAGES)
     result: list[bool] = []
-    thread = threading.Thread(target=lambda: result.append(follow(reader)))
+    thread = threading.Thread(target=lambda: result.append(record_live(reader)))
     thread.start()
 
     def measured() -> bool:
@@ -122,7 +123,7 @@ def test_nothing_to_follow_makes_no_store(
     folder: Path, sent: Callable[[bytes], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "mlflow.db").unlink()
-    assert follow(sent(b""))
+    assert record_live(sent(b""))
     assert not list(folder.glob("*mlflow*"))
     assert capsys.readouterr().err == ""
 
@@ -139,7 +140,7 @@ def test_two_trainings_are_two_runs_that_end_each_in_its_way(
         epoch(2, "bn", loss=0.5),
         ended("bn"),
     ]
-    assert follow(sent(b"".join(content)))
+    assert record_live(sent(b"".join(content)))
     found = {run.data.params["variant"]: run for run in store.all_runs(folder)}
     assert {variant: run.info.status for variant, run in found.items()} == {
         "bn": "FINISHED",
@@ -152,7 +153,7 @@ def test_two_trainings_are_two_runs_that_end_each_in_its_way(
 def test_training_that_was_killed_beside_one_that_ended_is_killed(
     folder: Path, sent: Callable[[bytes], int]
 ) -> None:
-    follow(sent(begun("bn") + begun("plain") + ended("bn") + epoch(1, "plain")))
+    record_live(sent(begun("bn") + begun("plain") + ended("bn") + epoch(1, "plain")))
     statuses = {run.data.params["variant"]: run.info.status for run in store.all_runs(folder)}
     assert statuses == {"bn": "FINISHED", "plain": "KILLED"}
 
@@ -160,9 +161,9 @@ def test_training_that_was_killed_beside_one_that_ended_is_killed(
 def test_rows_that_a_resumed_training_tells_again_make_no_doubles(
     folder: Path, sent: Callable[[bytes], int]
 ) -> None:
-    follow(sent(begun() + epoch(1) + epoch(2)))
+    record_live(sent(begun() + epoch(1) + epoch(2)))
     again = begun() + epoch(1, late=60_000) + epoch(2, late=60_000) + epoch(3, late=60_000)
-    assert follow(sent(again + ended()))
+    assert record_live(sent(again + ended()))
     (run,) = store.all_runs(folder)
     assert (run.info.status, run.info.start_time) == ("FINISHED", START)
     for metric in CURVE.values():
@@ -180,7 +181,7 @@ def test_outage_that_ends_leaves_only_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    record = Runs.record
+    record = RunStore.record
     outcomes = iter([ConnectionResetError("server restarts"), None])
 
     def restarting(*arguments: Any) -> str:
@@ -188,8 +189,8 @@ def test_outage_that_ends_leaves_only_a_warning(
             raise error
         return record(*arguments)
 
-    monkeypatch.setattr(Runs, "record", restarting)
-    assert follow(sent(MESSAGES + ended()))
+    monkeypatch.setattr(RunStore, "record", restarting)
+    assert record_live(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
     assert (run.info.status, run.data.metrics["curves/valid_loss"]) == ("FINISHED", 0.55)
     (line,) = capsys.readouterr().err.splitlines()
@@ -204,7 +205,7 @@ def test_outage_to_the_end_is_reported_with_one_warning(
 ) -> None:
     with store.refusing() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert not follow(sent(MESSAGES + ended()))
+        assert not record_live(sent(MESSAGES + ended()))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"warning: MLflow at {uri}: [Errno 111] Connection refused"
 
@@ -213,7 +214,7 @@ def test_what_is_wrong_with_the_folder_is_said(
     folder: Path, sent: Callable[[bytes], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "train.py").unlink()
-    assert not follow(sent(begun() + ended()))
+    assert not record_live(sent(begun() + ended()))
     assert "stage train depends on train.py" in capsys.readouterr().err
 
 
@@ -221,7 +222,7 @@ def test_params_are_those_that_training_read(folder: Path, sent: Callable[[bytes
     text = (folder / "params.yaml").read_text()
     store.edit(folder / "params.yaml", "lr: 0.01", "lr: 0.77")  # while MLflow was imported
     begin = {"variant": "bn", "device": "cpu", "params": text, "time": START}
-    assert follow(sent(message(begin) + epoch(1) + ended()))
+    assert record_live(sent(message(begin) + epoch(1) + ended()))
     (run,) = store.all_runs(folder)
     assert run.data.params["train.lr"] == "0.01"
 
@@ -229,14 +230,14 @@ def test_params_are_those_that_training_read(folder: Path, sent: Callable[[bytes
 def test_origin_is_that_of_the_start(
     folder: Path, sent: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = Origin.of_workspace("bn", "cpu").key
-    opening = Runs.open
+    key = RunIdentity.of_workspace("bn", "cpu").key
+    opening = RunStore.open
 
-    def edited_meanwhile(experiment: str, root: Path) -> Runs:
+    def edited_meanwhile(experiment: str, root: Path) -> RunStore:
         store.edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
         return opening(experiment, root)
 
-    monkeypatch.setattr(Runs, "open", edited_meanwhile)
-    assert follow(sent(MESSAGES + ended()))
+    monkeypatch.setattr(RunStore, "open", edited_meanwhile)
+    assert record_live(sent(MESSAGES + ended()))
     (run,) = store.all_runs(folder)
     assert run.data.tags["mnist_bn.key"] == key

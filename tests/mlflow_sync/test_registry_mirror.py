@@ -6,42 +6,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnist_batchnorm.artifacts.goldens import GOLDEN_FILES, GOLDEN_IMAGES, read_pinned_outputs
 from mnist_batchnorm.artifacts.registry_file import Ledger
 from mnist_batchnorm.artifacts.splits import load_split, network_input
-from mnist_batchnorm.commands import regress
+from mnist_batchnorm.core.arrays import relative_change
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import Params
 from mnist_batchnorm.core.paths import CHECKPOINT, MODELS, REGISTERED, REGISTRY
 from mnist_batchnorm.mlflow_sync.uri import tracking_uri
-from tests.conftest import MnistBn
-from tests.support import services, store
-from tests.support.candidates import ALIKE, FLOOR, GOOD, WORSE, demand, shifted
-from tests.support.registered import lay, prepare
+from mnist_batchnorm.promotion.goldens import TOLERANCE
+from tests.conftest import ROOT, MnistBn
+from tests.support import recorded, services, store
+from tests.support.candidates import ALIKE, GOOD, WORSE, shifted
+from tests.support.registered import prepare, register
 
 
 @pytest.fixture(scope="module")
-def results(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every stage but register has run, under DVC."""
-    folder = tmp_path_factory.mktemp("finished")
-    prepare(folder, prepared, params)
+def registered(prepared: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder under DVC with three versions: 1 was champion, 2 was refused, 3 is champion."""
+    folder = tmp_path_factory.mktemp("registered")
+    shutil.copy(ROOT / "params.yaml", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        store.use_settings(patch)
+        prepare(folder, prepared, params)
+        versions = {"1": GOOD, "2": shifted(WORSE), "3": shifted(ALIKE)}
+        register(folder, versions, ["register"])
+    recorded.sync(folder)
     return folder
 
 
 @pytest.fixture
-def folder(project: Path, results: Path, backend: str, mnist_bn: MnistBn) -> Path:
-    """The same with three versions: 1 was champion, 2 was refused as worse, 3 is champion."""
-    assert backend
-    shutil.copytree(results, project, dirs_exist_ok=True)
-    demand(project, min_accuracy=FLOOR)
-    for name, network in {"1": GOOD, "2": shifted(WORSE), "3": shifted(ALIKE)}.items():
-        lay(name, network)
-        assert mnist_bn("register").status == 0
-    done = mnist_bn("sync")
-    assert (done.status, done.err) == (0, "")
+def folder(project: Path, registered: Path, backend: str, mnist_bn: MnistBn) -> Path:
+    """A copy of it as working folder, and a store that shows it."""
+    store.copy_project(registered, project)
+    if backend == "server":
+        done = mnist_bn("sync")
+        assert (done.status, done.err) == (0, "")
     return project
 
 
-def test_versions_and_aliases_are_the_ledgers(folder: Path) -> None:
+def test_versions_and_aliases_are_those_of_the_ledger(folder: Path) -> None:
     expected = {"champion": 3, "candidate": 3}
     assert store.aliases(folder) == {"mnist-bn": expected, "mnist-bn-folded": expected}
     client = store.client(folder)
@@ -64,15 +68,15 @@ def test_champion_loads_and_gives_the_goldens(
     import onnxruntime
 
     monkeypatch.chdir(folder.parent)  # wherever it is loaded
-    images = load_split(folder / regress.IMAGES)
-    sha256 = digest(folder / regress.IMAGES)
-    goldens = regress.load_goldens(folder / regress.GOLDENS, images, sha256).logits
+    images = load_split(folder / GOLDEN_IMAGES)
+    sha256 = digest(folder / GOLDEN_IMAGES)
+    goldens = read_pinned_outputs(folder / GOLDEN_FILES["bn"], images, sha256).logits
     inputs = network_input(images.images)
     mlflow.set_tracking_uri(tracking_uri(folder))
     for name, file in REGISTERED.items():
         uri = f"models:/{name}@champion"
         predicted = mlflow.pyfunc.load_model(uri).predict({"image": inputs})["logits"]
-        assert regress.relative_change(goldens, predicted).max() <= regress.TOLERANCE
+        assert relative_change(goldens, predicted).max() <= TOLERANCE
         proto = mlflow.onnx.load_model(uri)
         session = onnxruntime.InferenceSession(proto.SerializeToString())
         assert np.array_equal(session.run(["logits"], {"image": inputs})[0], predicted)

@@ -12,8 +12,8 @@ import pytest
 from mnist_batchnorm.artifacts.metrics import TrainMetrics
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.paths import SEED_CURVES, SEEDS, VARIANTS, repository
-from mnist_batchnorm.lineage.git import History
-from mnist_batchnorm.mlflow_sync.run_identity import Origin, SeedsOrigin
+from mnist_batchnorm.lineage.git import GitHistory
+from mnist_batchnorm.mlflow_sync.run_identity import RunIdentity, SeedsIdentity
 from tests.support import store
 from tests.support.store import edit
 
@@ -33,13 +33,15 @@ def folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_key_is_the_same_for_the_same_training(folder: Path) -> None:
-    key = Origin.of_workspace("bn", "cpu").key
+    key = RunIdentity.of_workspace("bn", "cpu").key
     edit(folder / "params.yaml", "device: auto", "device: cpu")
     edit(folder / "params.yaml", "opset: 20", "opset: 19")
     edit(folder / "params.yaml", "lr: 0.01", "lr: 1.0e-2")
     edit(folder / "train.py", "train", "tidied")
-    assert Origin.of_workspace("bn", "cpu").key == key
-    assert Origin.of_workspace("bn", "cuda:1").key == Origin.of_workspace("bn", "cuda").key
+    assert RunIdentity.of_workspace("bn", "cpu").key == key
+    assert (
+        RunIdentity.of_workspace("bn", "cuda:1").key == RunIdentity.of_workspace("bn", "cuda").key
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,20 +55,20 @@ def test_key_is_the_same_for_the_same_training(folder: Path) -> None:
 def test_key_changes_with_all_that_decides_the_result(
     folder: Path, file: str, old: str, new: str
 ) -> None:
-    key = Origin.of_workspace("bn", "cpu").key
+    key = RunIdentity.of_workspace("bn", "cpu").key
     edit(folder / file, old, new)
-    assert Origin.of_workspace("bn", "cpu").key != key
+    assert RunIdentity.of_workspace("bn", "cpu").key != key
 
 
 def test_variant_and_kind_of_device_have_keys_of_their_own(folder: Path) -> None:
-    origins = [("bn", "cpu"), ("plain", "cpu"), ("bn", "cuda")]
-    assert len({Origin.of_workspace(*origin).key for origin in origins}) == 3
+    trainings = [("bn", "cpu"), ("plain", "cpu"), ("bn", "cuda")]
+    assert len({RunIdentity.of_workspace(*training).key for training in trainings}) == 3
 
 
-def made_from(origin: Origin) -> Origin:
+def without_result(identity: RunIdentity) -> RunIdentity:
     """The same without what came of it, as while it trains."""
-    assert origin.result is not None
-    return replace(origin, result=None)
+    assert identity.result is not None
+    return replace(identity, result=None)
 
 
 @pytest.fixture
@@ -102,82 +104,86 @@ def repro(folder: Path) -> Callable[[], None]:
 def test_key_from_dvc_lock_is_that_of_the_workspace_at_the_time(
     folder: Path, repro: Callable[[], None]
 ) -> None:
-    at_the_time = Origin.of_workspace("bn", "cpu")
-    plain = Origin.of_workspace("plain", "cpu")
+    at_the_time = RunIdentity.of_workspace("bn", "cpu")
+    plain = RunIdentity.of_workspace("plain", "cpu")
     repro()
     edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
     edit(folder / "train.py", "train", "train harder")
-    assert made_from(Origin.of_files("bn", ON_CPU)) == at_the_time
-    assert made_from(Origin.of_files("plain", ON_CPU)) == plain
-    assert Origin.of_workspace("bn", "cpu").key != at_the_time.key
+    assert without_result(RunIdentity.of_files("bn", ON_CPU)) == at_the_time
+    assert without_result(RunIdentity.of_files("plain", ON_CPU)) == plain
+    assert RunIdentity.of_workspace("bn", "cpu").key != at_the_time.key
     # trained by hand since, so dvc.lock is about another curve
     (folder / "reports/curves/bn.csv").write_text("another curve")
-    assert made_from(Origin.of_files("bn", ON_CPU)) == Origin.of_workspace("bn", "cpu")
-    assert made_from(Origin.of_files("plain", ON_CPU)) == plain
+    assert without_result(RunIdentity.of_files("bn", ON_CPU)) == RunIdentity.of_workspace(
+        "bn", "cpu"
+    )
+    assert without_result(RunIdentity.of_files("plain", ON_CPU)) == plain
 
 
 def test_key_over_seeds_from_dvc_lock_is_that_of_the_workspace_at_the_time(
     folder: Path, repro: Callable[[], None]
 ) -> None:
     repro()
-    at_the_time = SeedsOrigin.of_summary("cpu", 5)
+    at_the_time = SeedsIdentity.of_summary("cpu", 5)
     edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
-    assert SeedsOrigin.of_summary("cpu", 5) == at_the_time
+    assert SeedsIdentity.of_summary("cpu", 5) == at_the_time
     for path in (SEEDS, SEED_CURVES):  # other numbers, made without DVC
         usual = path.read_bytes()
         path.write_text("other seeds")
-        other = SeedsOrigin.of_summary("cpu", 5)
+        other = SeedsIdentity.of_summary("cpu", 5)
         assert (other.train.lr, at_the_time.train.lr) == (0.003, 0.01)
         assert other.key != at_the_time.key
         path.write_bytes(usual)
 
 
-def test_without_dvc_lock_the_workspace_is_the_origin(folder: Path) -> None:
+def test_without_dvc_lock_the_workspace_counts(folder: Path) -> None:
     store.write_checkpoint(folder / "models/plain.safetensors")
-    assert made_from(Origin.of_files("plain", ON_CPU)) == Origin.of_workspace("plain", "cpu")
+    assert without_result(RunIdentity.of_files("plain", ON_CPU)) == RunIdentity.of_workspace(
+        "plain", "cpu"
+    )
 
 
 def test_dvc_lock_with_conflict_markers_is_an_error(folder: Path) -> None:
     (folder / "dvc.lock").write_text("<<<<<<< HEAD\nstages:\n=======\n")
     store.write_checkpoint(folder / "models/bn.safetensors")
     with pytest.raises(UserError, match=r"dvc\.lock cannot be used, run `dvc repro`"):
-        Origin.of_files("bn", ON_CPU)
+        RunIdentity.of_files("bn", ON_CPU)
 
 
 def test_missing_dependency_is_named(folder: Path) -> None:
     (folder / "data/prepared/valid.safetensors").unlink()
     with pytest.raises(UserError, match=r"data/prepared/valid\.safetensors.*run `dvc repro train`"):
-        Origin.of_workspace("bn", "cpu")
+        RunIdentity.of_workspace("bn", "cpu")
 
 
 @pytest.mark.parametrize("text", ["stages: {}", "stages: [", "just text"])
 def test_unusable_dvc_yaml_is_an_error(folder: Path, text: str) -> None:
     (folder / "dvc.yaml").write_text(text)
     with pytest.raises(UserError, match=r"dvc\.yaml: no deps of stage train can be read"):
-        Origin.of_workspace("bn", "cpu")
+        RunIdentity.of_workspace("bn", "cpu")
 
 
 def test_folder_without_dvc_yaml_is_an_error(folder: Path) -> None:
     (folder / "dvc.yaml").unlink()
     with pytest.raises(UserError, match=r"no dvc\.yaml in"):
-        Origin.of_workspace("bn", "cpu")
+        RunIdentity.of_workspace("bn", "cpu")
 
 
 @pytest.fixture
-def over_seeds(folder: Path) -> SeedsOrigin:
+def over_seeds(folder: Path) -> SeedsIdentity:
     for path in (SEEDS, SEED_CURVES):
         (folder / path).parent.mkdir(parents=True)
         (folder / path).write_text("figures")
-    return SeedsOrigin.of_summary("cpu", 2)
+    return SeedsIdentity.of_summary("cpu", 2)
 
 
-def test_keys_of_seeds_are_their_own(folder: Path, over_seeds: SeedsOrigin) -> None:
-    keys = {over_seeds.key, *(over_seeds.one(*pair).key for pair in PAIRS)}
+def test_keys_of_seeds_are_their_own(folder: Path, over_seeds: SeedsIdentity) -> None:
+    keys = {over_seeds.key, *(over_seeds.of_seed(*pair).key for pair in PAIRS)}
     assert len(keys) == 5
     edit(folder / "params.yaml", "seed: 2 ", "seed: 3 ")  # of the run that ships
-    assert SeedsOrigin.of_summary("cpu", 2).key == over_seeds.key
+    assert SeedsIdentity.of_summary("cpu", 2).key == over_seeds.key
     edit(folder / "params.yaml", "lr: 0.01", "lr: 0.003")
-    assert SeedsOrigin.of_summary("cpu", 2).key != over_seeds.key
+    assert SeedsIdentity.of_summary("cpu", 2).key != over_seeds.key
 
 
 # --- git ----------------------------------------------------------------------------------------
@@ -200,8 +206,8 @@ def git(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 def tags_of_workspace() -> dict[str, str]:
-    origin = Origin.of_workspace("bn", "cpu")
-    return origin.tags(origin.made(History(repository())))
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    return identity.tags(identity.provenance(GitHistory(repository())))
 
 
 def test_run_without_git_has_no_commit(folder: Path, git: Callable[..., str]) -> None:
@@ -244,8 +250,8 @@ def test_experiment_names_its_run_and_the_commit_it_started_from(
     git("commit", "-qm", "start")
     monkeypatch.setenv("DVC_EXP_NAME", "slower")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "f" * 40)
-    origin = Origin.of_workspace("bn", "cpu")
-    made = origin.made(History(repository()))
-    assert origin.name(made) == "slower/bn"
-    assert origin.tags(made)["dvc.exp_name"] == "slower"
-    assert origin.tags(made)["mlflow.source.git.commit"] == "f" * 40
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    provenance = identity.provenance(GitHistory(repository()))
+    assert identity.run_name(provenance) == "slower/bn"
+    assert identity.tags(provenance)["dvc.exp_name"] == "slower"
+    assert identity.tags(provenance)["mlflow.source.git.commit"] == "f" * 40

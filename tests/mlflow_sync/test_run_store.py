@@ -14,8 +14,10 @@ import pytest
 
 from mnist_batchnorm.core.paths import SEED_CURVES, SEEDS, VARIANTS, repository
 from mnist_batchnorm.mlflow_sync import run_store as stores
-from mnist_batchnorm.mlflow_sync.run_identity import Origin, SeedsOrigin
-from mnist_batchnorm.mlflow_sync.run_store import CURVE, Point, Runs, warn
+from mnist_batchnorm.mlflow_sync.connection import warn
+from mnist_batchnorm.mlflow_sync.points import CURVE, Point
+from mnist_batchnorm.mlflow_sync.run_identity import RunIdentity, SeedsIdentity
+from mnist_batchnorm.mlflow_sync.run_store import RunStore
 from mnist_batchnorm.mlflow_sync.uri import tracking_uri
 from tests.support import store
 from tests.support.store import curve, row
@@ -40,8 +42,8 @@ def folder(local: Path, backend: str) -> Path:
 
 
 @pytest.fixture
-def opened(folder: Path) -> Runs:
-    return Runs.open(EXPERIMENT, folder)
+def opened(folder: Path) -> RunStore:
+    return RunStore.open(EXPERIMENT, folder)
 
 
 # --- the store ----------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def test_tracking_uri_of_the_user_goes_first(
 
 def test_mlflow_keeps_quiet_whoever_imported_it_first(local: Path) -> None:
     logging.getLogger("mlflow").setLevel(logging.INFO)
-    Runs.open(EXPERIMENT, local)
+    RunStore.open(EXPERIMENT, local)
     assert logging.getLogger("mlflow").level == logging.WARNING
 
 
@@ -84,7 +86,7 @@ def test_artefacts_are_beside_the_database_wherever_the_process_runs(
     root.mkdir()
     shutil.copy(local / "mlflow.db", root)
     monkeypatch.chdir(tmp_path)
-    opened = Runs.open(EXPERIMENT, root)
+    opened = RunStore.open(EXPERIMENT, root)
     run = opened.client.create_run(opened.experiment_id)
     opened.client.log_text(run.info.run_id, "text", "note.txt")
     assert [path.read_text() for path in root.glob("mlartifacts/**/note.txt")] == ["text"]
@@ -103,7 +105,7 @@ def test_database_whose_creation_fails_is_not_left_behind(
 
     monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", killed)
     with pytest.raises(KeyboardInterrupt):
-        Runs.open(EXPERIMENT, local)
+        RunStore.open(EXPERIMENT, local)
     assert {path.name for path in local.glob("*mlflow*")} <= {"mlflow.db.lock"}
 
 
@@ -115,7 +117,7 @@ def test_bad_server_is_noticed_in_seconds(
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(Exception, match=r"127\.0\.0\.1"):
-            Runs.open(EXPERIMENT, local)
+            RunStore.open(EXPERIMENT, local)
     assert time.monotonic() - start < 4  # the hanging one: the timeout of 1 s
 
 
@@ -143,9 +145,9 @@ def test_warning_is_one_line_without_password(
 # --- recording ----------------------------------------------------------------------------------
 
 
-def test_run_holds_what_made_it(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("bn", "cuda:0")
-    opened.record(origin, curve(1), "RUNNING")
+def test_run_holds_what_made_it(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("bn", "cuda:0")
+    opened.record(identity, curve(1), "RUNNING")
     (run,) = store.all_runs(folder)
     assert run.info.run_name == "workspace/bn"
     assert run.info.status == "RUNNING"
@@ -163,7 +165,7 @@ def test_run_holds_what_made_it(folder: Path, opened: Runs) -> None:
     assert (
         run.data.tags.items()
         >= {
-            "mnist_bn.key": origin.key,
+            "mnist_bn.key": identity.key,
             "mnist_bn.variant": "bn",
             "mnist_bn.device": "cuda",
             "dvc.stage": "train",
@@ -179,87 +181,87 @@ def test_run_holds_what_made_it(folder: Path, opened: Runs) -> None:
         for tag in given.tags
     }
     assert inputs == {
-        context: (split, origin.deps[path], f'{{"uri": "{path}"}}')
+        context: (split, identity.deps[path], f'{{"uri": "{path}"}}')
         for context, split in (("training", "train"), ("validation", "valid"))
         for path in [f"data/prepared/{split}.safetensors"]
     }
 
 
-def test_epochs_arrive_with_their_steps(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("plain", "cpu")
-    run_id = opened.record(origin, [], "RUNNING")
+def test_epochs_arrive_with_their_steps(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("plain", "cpu")
+    run_id = opened.record(identity, [], "RUNNING")
     for epochs in (1, 2, 3):
-        assert opened.record(origin, curve(epochs), "RUNNING") == run_id
-    opened.record(origin, curve(3), "FINISHED")
+        assert opened.record(identity, curve(epochs), "RUNNING") == run_id
+    opened.record(identity, curve(3), "FINISHED")
     (run,) = store.all_runs(folder)
     assert run.info.status == "FINISHED"
     for name, metric in CURVE.items():
         assert store.history(folder, run, metric) == [(e, row(e)[name]) for e in (1, 2, 3)]
 
 
-def test_training_the_same_again_changes_nothing(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("bn", "cpu")
-    opened.record(origin, curve(2), "FINISHED")
+def test_training_the_same_again_changes_nothing(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    opened.record(identity, curve(2), "FINISHED")
     (before,) = store.all_runs(folder)
     for epochs, status in ((0, "RUNNING"), (1, "RUNNING"), (2, "RUNNING"), (2, "FINISHED")):
-        opened.record(origin, curve(epochs), status)
+        opened.record(identity, curve(epochs), status)
         (after,) = store.all_runs(folder)
         assert after.to_dictionary() == before.to_dictionary()
     assert len(store.history(folder, before, "curves/train_loss")) == 2
 
 
-def test_failure_of_a_repetition_does_not_unfinish_a_run(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("bn", "cpu")
-    opened.record(origin, curve(2), "FINISHED")
-    opened.record(origin, curve(1), "FAILED")
+def test_failure_of_a_repetition_does_not_unfinish_a_run(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    opened.record(identity, curve(2), "FINISHED")
+    opened.record(identity, curve(1), "FAILED")
     assert [run.info.status for run in store.all_runs(folder)] == ["FINISHED"]
 
 
-def test_interrupted_run_is_taken_up_again(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("bn", "cpu")
-    opened.record(origin, curve(1), "KILLED")
+def test_interrupted_run_is_taken_up_again(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    opened.record(identity, curve(1), "KILLED")
     assert [run.info.status for run in store.all_runs(folder)] == ["KILLED"]
-    opened.record(origin, curve(2), "RUNNING")
+    opened.record(identity, curve(2), "RUNNING")
     assert [run.info.status for run in store.all_runs(folder)] == ["RUNNING"]
-    opened.record(origin, curve(3), "FINISHED")
+    opened.record(identity, curve(3), "FINISHED")
     (run,) = store.all_runs(folder)
     assert run.info.status == "FINISHED"
     assert [step for step, _ in store.history(folder, run, "curves/valid_loss")] == [1, 2, 3]
 
 
 def test_params_and_datasets_that_an_outage_cut_off_are_completed(
-    folder: Path, opened: Runs
+    folder: Path, opened: RunStore
 ) -> None:
-    origin = Origin.of_workspace("bn", "cpu")
-    tags = origin.tags(origin.made(opened.history))
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    tags = identity.tags(identity.provenance(opened.history))
     run = opened.client.create_run(opened.experiment_id, tags=tags)
     opened.client.log_param(run.info.run_id, "variant", "bn")
-    assert opened.record(origin, curve(1), "RUNNING") == run.info.run_id
+    assert opened.record(identity, curve(1), "RUNNING") == run.info.run_id
     (run,) = store.all_runs(folder)
-    assert run.data.params == origin.logged_params()
+    assert run.data.params == identity.logged_params()
     assert len(run.inputs.dataset_inputs) == 2
 
 
-def test_other_numbers_from_the_same_inputs_are_another_run(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("bn", "cpu")
-    first = opened.record(origin, curve(2), "FINISHED")
-    other_machine = [opened.record(origin, curve(e, loss=0.6), "RUNNING") for e in (1, 2)]
+def test_other_numbers_from_the_same_inputs_are_another_run(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    first = opened.record(identity, curve(2), "FINISHED")
+    other_machine = [opened.record(identity, curve(e, loss=0.6), "RUNNING") for e in (1, 2)]
     assert len({first, *other_machine}) == 2
-    assert opened.record(origin, curve(2, loss=0.6), "FINISHED") == other_machine[0]
-    assert opened.record(origin, curve(2), "FINISHED") == first
+    assert opened.record(identity, curve(2, loss=0.6), "FINISHED") == other_machine[0]
+    assert opened.record(identity, curve(2), "FINISHED") == first
     lengths = [len(store.history(folder, r, "curves/train_loss")) for r in store.all_runs(folder)]
     assert lengths == [2, 2]
 
 
-def test_deleted_run_is_recorded_anew(folder: Path, opened: Runs) -> None:
-    origin = Origin.of_workspace("bn", "cpu")
-    opened.client.delete_run(opened.record(origin, curve(1), "FINISHED"))
-    opened.record(origin, curve(1), "FINISHED")
+def test_deleted_run_is_recorded_anew(folder: Path, opened: RunStore) -> None:
+    identity = RunIdentity.of_workspace("bn", "cpu")
+    opened.client.delete_run(opened.record(identity, curve(1), "FINISHED"))
+    opened.record(identity, curve(1), "FINISHED")
     assert len(store.all_runs(folder)) == 1
 
 
-def test_curve_longer_than_a_request_takes(folder: Path, opened: Runs) -> None:
-    opened.record(Origin.of_workspace("bn", "cpu"), curve(300), "FINISHED")
+def test_curve_longer_than_a_request_takes(folder: Path, opened: RunStore) -> None:
+    opened.record(RunIdentity.of_workspace("bn", "cpu"), curve(300), "FINISHED")
     (run,) = store.all_runs(folder)
     assert len(store.history(folder, run, "curves/train_loss")) == 300
 
@@ -282,11 +284,11 @@ RUNS_OF_SEEDS = {pair: seed_curve(*pair) for pair in PAIRS}
 
 
 @pytest.fixture
-def over_seeds(folder: Path) -> SeedsOrigin:
+def over_seeds(folder: Path) -> SeedsIdentity:
     for path in (SEEDS, SEED_CURVES):
         (folder / path).parent.mkdir(parents=True)
         (folder / path).write_text("figures")
-    return SeedsOrigin.of_summary("cpu", 2)
+    return SeedsIdentity.of_summary("cpu", 2)
 
 
 class Counting:
@@ -304,7 +306,7 @@ class Counting:
 
 
 def test_runs_of_seeds_are_nested_in_one_over_all(
-    folder: Path, opened: Runs, over_seeds: SeedsOrigin
+    folder: Path, opened: RunStore, over_seeds: SeedsIdentity
 ) -> None:
     run_id = opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
     found = {run.info.run_name: run for run in store.all_runs(folder)}
@@ -331,7 +333,7 @@ def test_runs_of_seeds_are_nested_in_one_over_all(
 
 
 def test_runs_of_seeds_take_few_requests_and_none_that_write_when_they_are_there(
-    folder: Path, opened: Runs, over_seeds: SeedsOrigin, monkeypatch: pytest.MonkeyPatch
+    folder: Path, opened: RunStore, over_seeds: SeedsIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opened, "client", first := Counting(opened.client))
     opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
@@ -357,8 +359,8 @@ def test_runs_of_seeds_take_few_requests_and_none_that_write_when_they_are_there
 )
 def test_runs_of_seeds_that_an_outage_cut_off_are_completed(
     folder: Path,
-    opened: Runs,
-    over_seeds: SeedsOrigin,
+    opened: RunStore,
+    over_seeds: SeedsIdentity,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     good: int,
@@ -378,7 +380,7 @@ def test_runs_of_seeds_that_an_outage_cut_off_are_completed(
     assert len(by_name["workspace/seeds"].inputs.dataset_inputs) == 2
     for variant, seed in PAIRS:
         run = by_name[f"workspace/seeds/{variant}-{seed}"]
-        assert run.data.params == over_seeds.one(variant, seed).logged_params()
+        assert run.data.params == over_seeds.of_seed(variant, seed).logged_params()
         assert len(store.history(folder, run, "seed_curves/valid_accuracy")) == 2
 
 
@@ -397,31 +399,31 @@ class Twice:
 
 
 def test_runs_of_seeds_that_another_machine_makes_meanwhile_are_kept_once(
-    folder: Path, opened: Runs, over_seeds: SeedsOrigin, monkeypatch: pytest.MonkeyPatch
+    folder: Path, opened: RunStore, over_seeds: SeedsIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opened, "client", Twice(opened.client))
     run_id = opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
     found = {run.info.run_name: run for run in store.all_runs(folder)}
     assert len(found) == len(store.all_runs(folder)) == 5
     assert {run.info.status for run in found.values()} == {"FINISHED"}
-    assert sorted(opened.within([run_id])) == sorted(
+    assert sorted(opened.nested_ids([run_id])) == sorted(
         run.info.run_id for name, run in found.items() if name != "workspace/seeds"
     )
 
 
 def test_other_figures_over_seeds_are_other_runs(
-    folder: Path, opened: Runs, over_seeds: SeedsOrigin
+    folder: Path, opened: RunStore, over_seeds: SeedsIdentity
 ) -> None:
     first = opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
     SEEDS.write_text("figures of another machine")
-    other = SeedsOrigin.of_summary("cpu", 2)
+    other = SeedsIdentity.of_summary("cpu", 2)
     assert opened.record_seeds(other, SUMMARY, RUNS_OF_SEEDS) != first
     assert opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS) == first
     assert len(store.all_runs(folder)) == 10
 
 
 def test_deleted_run_of_a_seed_is_recorded_anew(
-    folder: Path, opened: Runs, over_seeds: SeedsOrigin
+    folder: Path, opened: RunStore, over_seeds: SeedsIdentity
 ) -> None:
     opened.record_seeds(over_seeds, SUMMARY, RUNS_OF_SEEDS)
     gone = next(r for r in store.all_runs(folder) if r.info.run_name == "workspace/seeds/bn-1")

@@ -10,7 +10,7 @@ import pytest
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import Params
 from mnist_batchnorm.mlflow_sync.run_identity import WEIGHTS_TAG
-from mnist_batchnorm.mlflow_sync.sync import outside_experiments
+from mnist_batchnorm.mlflow_sync.sync import without_experiment
 from tests.conftest import MnistBn
 from tests.support import recorded, store
 
@@ -105,7 +105,7 @@ def test_running_experiment_gives_its_name_to_its_own_result_only(
         ("bn", "0.02"): None,
         ("plain", "0.02"): None,
     }
-    with outside_experiments():
+    with without_experiment():
         assert "DVC_EXP_NAME" not in os.environ
     assert os.environ["DVC_EXP_NAME"] == "slower"
 

@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from mnist_batchnorm.core.params import Params
-from mnist_batchnorm.mlflow_sync import up_to_date as synced
-from mnist_batchnorm.mlflow_sync.up_to_date import Held, remember, remembered, state_of, still_there
+from mnist_batchnorm.mlflow_sync import up_to_date
+from mnist_batchnorm.mlflow_sync.up_to_date import (
+    SyncedState,
+    load_note,
+    save_note,
+    source_state,
+    still_shown,
+    synced_files,
+)
 from tests.conftest import MnistBn
 from tests.support import recorded, services, store
 
@@ -48,9 +55,9 @@ def folder(known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def held(known: Path, folder: Path) -> Held:
+def held(known: Path, folder: Path) -> SyncedState:
     """What its store holds, and an alias by hand."""
-    found = remembered(known, everything=False)
+    found = load_note(known, everything=False)
     assert found is not None
     client, (model, *_) = store.client(folder), found.models
     client.create_registered_model("mnist-bn")
@@ -64,6 +71,11 @@ def held(known: Path, folder: Path) -> Held:
 
 
 # --- the state of the files ---------------------------------------------------------------------
+
+
+def state(folder: Path, everything: bool = False) -> str:
+    return source_state(folder, everything, synced_files())
+
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "a report": lambda folder: (folder / "reports/index.html").write_text("another page"),
@@ -84,43 +96,43 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_state_changes_with_all_that_mlflow_is_told_of(folder: Path, change: str) -> None:
-    before = state_of(folder, everything=False)
+    before = state(folder)
     CHANGES[change](folder)
-    assert state_of(folder, everything=False) != before
+    assert state(folder) != before
 
 
 def test_state_is_that_of_what_was_asked_and_of_an_experiment(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = {state_of(folder, everything) for everything in (False, True)}
+    states = {state(folder, everything) for everything in (False, True)}
     monkeypatch.setenv("DVC_EXP_NAME", "slower")
-    assert len({*states, state_of(folder, everything=False)}) == 3
+    assert len({*states, state(folder)}) == 3
 
 
 def test_state_does_not_change_with_what_sync_and_dvc_write_themselves(folder: Path) -> None:
-    before = state_of(folder, everything=False)
+    before = state(folder)
     (folder / "reports/synced.json").write_text("{}")
     (folder / "models/.registry.lock").touch()
     (folder / "reports/.page.html.1234.tmp").touch()
     (folder / "mlflow.db.synced").touch()
     lock = folder / "dvc.lock"
     lock.write_text(lock.read_text() + SYNC_ENTRY)
-    assert state_of(folder, everything=False) == before
+    assert state(folder) == before
     store.edit(lock, "    cmd: mnist-bn sync\n", "    cmd: mnist-bn sync --all\n")
-    assert state_of(folder, everything=False) == before
+    assert state(folder) == before
     lock.write_text(lock.read_text() + "  zeta:\n    cmd: another stage after it\n")
-    assert state_of(folder, everything=False) != before
+    assert state(folder) != before
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\0", b"  sync:\n", b"<<<<<<< HEAD\n"])
 def test_any_dvc_lock_has_a_state(folder: Path, text: bytes) -> None:
     (folder / "dvc.lock").write_bytes(text)
-    assert len(state_of(folder, everything=False)) == 64
+    assert len(state(folder)) == 64
 
 
 # --- the note -----------------------------------------------------------------------------------
 
-HELD = Held(
+HELD = SyncedState(
     "state", ["run"], ["seed"], ["model"], {"mnist-bn": {"champion": "1"}}, ["folder"], ["path"]
 )
 
@@ -129,15 +141,15 @@ def test_note_is_of_a_store_and_of_what_was_asked(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.use_settings(monkeypatch)
-    assert remembered(project, everything=False) is None
-    remember(project, False, HELD)
-    remember(project, True, replace(HELD, state="all"))
+    assert load_note(project, everything=False) is None
+    save_note(project, False, HELD)
+    save_note(project, True, replace(HELD, state="all"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
-    assert remembered(project, everything=False) is None
-    remember(project, False, replace(HELD, state="server"))
+    assert load_note(project, everything=False) is None
+    save_note(project, False, replace(HELD, state="server"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert remembered(project, everything=False) == HELD
-    assert remembered(project, everything=True) == replace(HELD, state="all")
+    assert load_note(project, everything=False) == HELD
+    assert load_note(project, everything=True) == replace(HELD, state="all")
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "[]", "{}", '{"ENTRY": 1}', '{"ENTRY": {}}'])
@@ -145,34 +157,34 @@ def test_note_that_is_none_is_written_anew(
     project: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     store.use_settings(monkeypatch)
-    remember(project, False, HELD)
+    save_note(project, False, HELD)
     note = project / "mlflow.db.synced"
     (entry,) = json.loads(note.read_text())
     note.write_text(text.replace("ENTRY", entry))
-    assert remembered(project, everything=False) is None
-    remember(project, False, HELD)
-    assert remembered(project, everything=False) == HELD
+    assert load_note(project, everything=False) is None
+    save_note(project, False, HELD)
+    assert load_note(project, everything=False) == HELD
 
 
 def test_note_does_not_tell_a_password(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.use_settings(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:secret@server:5000")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hush")
-    remember(project, False, HELD)
+    save_note(project, False, HELD)
     text = (project / "mlflow.db.synced").read_text()
     assert not [word for word in ("anna", "secret", "server", "hush") if word in text]
-    assert remembered(project, everything=False) == HELD
+    assert load_note(project, everything=False) == HELD
 
 
 # --- the store ----------------------------------------------------------------------------------
 
 
-def test_store_that_shows_all_of_it(folder: Path, held: Held) -> None:
+def test_store_that_shows_all_of_it(folder: Path, held: SyncedState) -> None:
     assert len(held.runs) == 3
     assert len(held.seeds) == 4
     assert len(held.models) == 3
     assert len(held.folders) == 6
-    assert still_there(folder, held)
+    assert still_shown(folder, held)
 
 
 def lose(folder: Path, *names: str) -> None:
@@ -190,7 +202,7 @@ def put_alias(folder: Path, name: str, alias: str) -> None:
     client.set_registered_model_alias(name, alias, "1")
 
 
-LOSSES: dict[str, Callable[[Path, Held], object]] = {
+LOSSES: dict[str, Callable[[Path, SyncedState], object]] = {
     "a run": lambda folder, held: store.client(folder).delete_run(held.runs[0]),
     "a run of a seed": lambda folder, held: store.client(folder).delete_run(held.seeds[0]),
     "its end": lambda folder, held: store.client(folder).update_run(held.runs[1], "RUNNING"),
@@ -202,13 +214,13 @@ LOSSES: dict[str, Callable[[Path, Held], object]] = {
         "mnist-bn"
     ),
 }
-CHANGED_ALIASES: dict[str, Callable[[Path, Held], object]] = {
+CHANGED_ALIASES: dict[str, Callable[[Path, SyncedState], object]] = {
     "one more alias": lambda folder, _: put_alias(folder, "mnist-bn", "champion"),
     "an alias of nothing registered": lambda folder, _: put_alias(
         folder, "mnist-bn-folded", "candidate"
     ),
 }
-LOST_FILES: dict[str, Callable[[Path, Held], object]] = {
+LOST_FILES: dict[str, Callable[[Path, SyncedState], object]] = {
     "the database": lambda folder, _: (folder / "mlflow.db").unlink(),
     "garbage for a database": lambda folder, _: (folder / "mlflow.db").write_bytes(b"garbage"),
     "an empty database": lambda folder, _: (folder / "mlflow.db").write_bytes(b""),
@@ -221,24 +233,24 @@ LOST_FILES: dict[str, Callable[[Path, Held], object]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES | CHANGED_ALIASES | LOST_FILES)
-def test_database_that_lost_some_of_it(folder: Path, held: Held, loss: str) -> None:
+def test_database_that_lost_some_of_it(folder: Path, held: SyncedState, loss: str) -> None:
     (LOSSES | CHANGED_ALIASES | LOST_FILES)[loss](folder, held)
-    assert not still_there(folder, held)
+    assert not still_shown(folder, held)
 
 
-def test_what_was_left_out_and_can_be_had_now(folder: Path, held: Held) -> None:
+def test_what_was_left_out_and_can_be_had_now(folder: Path, held: SyncedState) -> None:
     lacking = folder / "lacking"
     held = replace(held, lacking=[str(lacking)])
-    assert still_there(folder, held)
+    assert still_shown(folder, held)
     lacking.touch()
-    assert not still_there(folder, held)
+    assert not still_shown(folder, held)
 
 
 def test_store_of_another_kind_is_not_seen(
-    folder: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+    folder: Path, held: SyncedState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://server/database")
-    assert not still_there(folder, held)
+    assert not still_shown(folder, held)
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +267,11 @@ def on_server(
     server: services.Server,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
-) -> Held:
+) -> SyncedState:
     """A run with one in it, a model and an alias on a server."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds: the machine may be busy
-    monkeypatch.setattr(synced, "TIMEOUT", 20)
+    monkeypatch.setattr(up_to_date, "SERVER_TIMEOUT_S", 20)
     client = store.client(folder)
     for name in ("mnist-bn", "mnist-bn-folded"):
         if client.search_registered_models(f"name = '{name}'"):
@@ -273,30 +285,30 @@ def on_server(
     client.create_model_version("mnist-bn", f"models:/{model}", model_id=model)
     client.set_registered_model_alias("mnist-bn", "candidate", "1")
     aliases = {"mnist-bn": {"candidate": "1"}, "mnist-bn-folded": {}}
-    return Held("state", runs[:2], runs[2:], [model], aliases, [], [])
+    return SyncedState("state", runs[:2], runs[2:], [model], aliases, [], [])
 
 
-def test_server_that_shows_all_of_it(folder: Path, on_server: Held) -> None:
-    assert still_there(folder, on_server)
+def test_server_that_shows_all_of_it(folder: Path, on_server: SyncedState) -> None:
+    assert still_shown(folder, on_server)
 
 
 @pytest.mark.parametrize("loss", LOSSES | CHANGED_ALIASES)
-def test_server_that_lost_some_of_it(folder: Path, on_server: Held, loss: str) -> None:
+def test_server_that_lost_some_of_it(folder: Path, on_server: SyncedState, loss: str) -> None:
     (LOSSES | CHANGED_ALIASES)[loss](folder, on_server)
-    assert not still_there(folder, on_server)
+    assert not still_shown(folder, on_server)
 
 
 @pytest.mark.parametrize("bad", store.BAD_SERVERS)
 def test_bad_server_is_not_waited_for(
     folder: Path,
-    held: Held,
+    held: SyncedState,
     monkeypatch: pytest.MonkeyPatch,
     bad: Callable[[], AbstractContextManager[str]],
 ) -> None:
-    monkeypatch.setattr(synced, "TIMEOUT", 0.2)
+    monkeypatch.setattr(up_to_date, "SERVER_TIMEOUT_S", 0.2)
     with bad() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert not still_there(folder, held)
+        assert not still_shown(folder, held)
 
 
 # --- the whole ----------------------------------------------------------------------------------
@@ -313,9 +325,9 @@ def test_trainings_alone_are_all_of_it_too(
 
 
 def test_aliases_of_an_emptied_ledger_are_taken_away(
-    folder: Path, held: Held, mnist_bn: MnistBn
+    folder: Path, held: SyncedState, mnist_bn: MnistBn
 ) -> None:
-    assert still_there(folder, held)
+    assert still_shown(folder, held)
     assert "mnist-bn: nothing registered" in mnist_bn("sync").out
     assert store.aliases(folder) == {"mnist-bn": {}}
     assert mnist_bn("sync").out == "MLflow has all of it\n"

@@ -1,142 +1,84 @@
-"""MLflow's store: runs are looked up by what made them, so telling it twice makes no second run."""
+"""The runs of an MLflow experiment, found by identity: creating and updating them is idempotent."""
 
 import contextlib
-import logging
 import os
 import platform
-import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
-import click
-
-from mnist_batchnorm.artifacts.curves import CURVE_COLUMNS
 from mnist_batchnorm.core.errors import UserError
-from mnist_batchnorm.core.files import fingerprint, replacing
+from mnist_batchnorm.core.files import fingerprint
 from mnist_batchnorm.core.paths import repository
-from mnist_batchnorm.lineage.git import History, Made
+from mnist_batchnorm.lineage.git import GitHistory, Provenance
+from mnist_batchnorm.mlflow_sync.connection import (
+    create_database,
+    describe_error,
+    import_mlflow,
+    is_database,
+)
+from mnist_batchnorm.mlflow_sync.points import CURVE, Point
 from mnist_batchnorm.mlflow_sync.run_identity import (
     EXPERIMENT_TAG,
     KEY_TAG,
     USER_TAG,
     WEIGHTS_TAG,
-    Origin,
-    SeedsOrigin,
+    RunIdentity,
+    SeedsIdentity,
 )
-from mnist_batchnorm.mlflow_sync.uri import database, tracking_uri, without_password
+from mnist_batchnorm.mlflow_sync.uri import database_path, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.store.entities import PagedList
     from mlflow.tracking import MlflowClient
 
-    Logged = Mapping[tuple[str, int], set[float]]  # what a run holds: (metric, step) -> values
+    Logged = Mapping[tuple[str, int], set[float]]  # a run's points: (metric, step) -> values
 
-# Column of the learning curve -> metric. The UI draws a section of charts for each prefix, in
-# alphabetical order.
-CURVE = {name: f"curves/{name}" for name in CURVE_COLUMNS if name != "epoch"}
+T = TypeVar("T")
 
-PARENT_TAG = "mlflow.parentRunId"  # the UI shows a run that has it below that one
-
-# MLflow's own defaults wait for minutes before they call a server dead. Whatever the user has set
-# goes first.
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",  # seconds
-    # A request that timed out may have been done: `Runs` looks before it repeats one.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",  # no pages of warnings where there is no git
-}
-LOGGED_PER_REQUEST = 1000  # metrics and params; MLflow's limit
+PARENT_TAG = "mlflow.parentRunId"  # the UI nests a run with this tag
 RUNS_PER_REQUEST = 1000
-# seconds; held for less than one, or 3 to create the database, or 10 to log the models
-LOCK_TIMEOUT = 120
+# held for less than 1 s, or 3 s to create the database, or 10 s to log the models
+LOCK_TIMEOUT_S = 120
 
 
-class Point(NamedTuple):
-    """One value of a metric.
-
-    Attributes:
-        metric: its name in MLflow.
-        step: the epoch.
-        value: what was measured.
-        time: when, as `now` counts.
-    """
-
-    metric: str
-    step: int
-    value: float
-    time: int
-
-
-def curve_points(row: Mapping[str, float]) -> list[Point]:
-    """Turn a row of the learning curve into points, of now unless the row has a ``time``."""
-    when = int(row.get("time", now()))
-    return [Point(CURVE[name], int(row["epoch"]), row[name], when) for name in CURVE]
-
-
-def now() -> int:
-    """Return the time as MLflow counts it: milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
-
-
-def import_mlflow() -> None:
-    """Import MLflow so that it is quiet, and gives up soon on a store that is not there."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # the exception tells all that they would log
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    import mlflow.store.db.utils
-
-    # the variable says it only to who imports MLflow first
-    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 s for a database that is not there
-
-
-class Runs:
+@dataclass
+class RunStore:
     """The runs of one MLflow experiment.
 
     Attributes:
-        uri: where MLflow stores.
-        client: talks to it.
-        experiment_id: the experiment.
-        lock: held while runs are looked up and changed, so that processes on one machine that
-            record the same result end up with one run.
-        place: stands for all who share that lock.
-        history: where results are on record.
+        uri: MLflow's tracking URI.
+        client: client of that store.
+        experiment_id: MLflow's id of the experiment.
+        lock: held while runs are searched and changed, so that processes on one machine that
+            record the same result make one run.
+        lock_id: the same for all processes that share the lock.
+        history: where results are recorded in git.
     """
 
-    def __init__(
-        self, uri: str, client: "MlflowClient", experiment_id: str, lock: "BaseFileLock"
-    ) -> None:
-        self.uri = uri
-        self.client = client
-        self.experiment_id = experiment_id
-        self.lock = lock
-        self.place = fingerprint({"machine": platform.node(), "lock": str(lock.lock_file)})
-        self.history = History(repository())
+    uri: str
+    client: "MlflowClient"
+    experiment_id: str
+    lock: "BaseFileLock"
+    history: GitHistory = field(default_factory=lambda: GitHistory(repository()))
+
+    @property
+    def lock_id(self) -> str:
+        return fingerprint({"machine": platform.node(), "lock": str(self.lock.lock_file)})
 
     @classmethod
-    def open(cls, experiment: str, root: Path, *, create: bool = True) -> "Runs":
-        """Connect to the store, creating a SQLite database and the experiment where missing.
+    def open(cls, experiment: str, root: Path, *, create: bool = True) -> "RunStore":
+        """Connect to the store, creating a SQLite database and the experiment if missing.
 
-        An experiment that was deleted is restored: MLflow keeps its name from any other.
-
-        Args:
-            experiment: its name.
-            root: the repository.
-            create: whether to; otherwise it must be there.
+        A deleted experiment is restored, because MLflow reserves its name.
 
         Raises:
-            UserError: It is not there.
-            Exception: whatever MLflow or a plug-in of its raises for a store that is not usable.
+            UserError: The experiment is missing and not to be created.
+            Exception: Whatever MLflow or a plug-in raises for a store that is not usable.
         """
         import_mlflow()
         from filelock import FileLock
@@ -144,14 +86,14 @@ class Runs:
 
         uri = tracking_uri(root)
         artifacts = (root / "mlartifacts").as_uri()
-        local = database(root)
+        database = database_path(root)
         # beside the database, for all who use it
-        beside = local or root / "mlflow.db"
-        lock = FileLock(beside.with_name(f"{beside.name}.lock"), timeout=LOCK_TIMEOUT)
+        beside = database or root / "mlflow.db"
+        lock = FileLock(beside.with_name(f"{beside.name}.lock"), timeout=LOCK_TIMEOUT_S)
         with lock:
-            if local:
-                _create_database(local, artifacts)
-            # MLflow's default for the second is whatever this process used last
+            if database:
+                create_database(database, artifacts)
+            # MLflow's default registry is the one that this process used last
             client = MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
             found = client.get_experiment_by_name(experiment)
             if not (found or create):
@@ -159,113 +101,102 @@ class Runs:
                     f"no experiment {experiment!r} in MLflow at {without_password(uri)}: no run "
                     "has been tracked yet; run `dvc repro sync` first"
                 )
-            if found and found.lifecycle_stage == "deleted":
+            if not found:
+                # a server decides itself where artifacts go
+                location = artifacts if is_database(uri) else None
+                return cls(uri, client, client.create_experiment(experiment, location), lock)
+            if found.lifecycle_stage == "deleted":
                 client.restore_experiment(found.experiment_id)
-            experiment_id = (
-                found.experiment_id
-                if found
-                else client.create_experiment(
-                    experiment,
-                    # a server knows better where its artefacts go
-                    artifact_location=artifacts if _is_database(uri) else None,
-                )
-            )
-        return cls(uri, client, experiment_id, lock)
+        return cls(uri, client, found.experiment_id, lock)
 
     def record(
-        self, origin: Origin, curve: Sequence[Point], status: str, start: int | None = None
+        self,
+        identity: RunIdentity,
+        curve: Sequence[Point],
+        status: str,
+        start: int | None = None,
     ) -> str:
-        """Bring the run of ``origin`` to the state of its learning curve; twice is once.
+        """Create or update the run of a training; idempotent.
 
-        A run with the same key is taken up if its points and weights do not contradict these; a
-        machine that computes other numbers from the same inputs gets a run of its own. What is
-        there already is not logged again, and a finished run stays finished. Once the result is
-        known, further runs that hold nothing else are deleted.
-
-        Args:
-            origin: what made the run.
-            curve: the learning curve so far.
-            status: RUNNING, FINISHED, FAILED or KILLED.
-            start: when training started, as `now` counts; by default now.
-
-        Returns:
-            The run's id.
+        A run with the same key is updated if its points and weights do not contradict these; a
+        machine that computes other numbers from the same inputs gets a run of its own. Points that
+        are there are not logged again, and a finished run stays finished. Once the result is
+        known, duplicates are deleted.
         """
         with self.lock:
-            found = self._find(origin, curve)
-            if not found:
-                self._create(origin, origin.made(self.history), start)
-                found = self._find(origin, curve)  # another machine's as well, made meanwhile
-            (run, logged), *doubles = found
-            if origin.result:
-                made = origin.made(self.history)
-                self._retag(run, origin.tags(made), origin.name(made))
-                for double, _ in doubles:
-                    self.delete(double)
-            self._complete(run, origin, curve, logged, status)
-            run_id: str = run.info.run_id
-        return run_id
+            run, logged = self._find_or_create(
+                identity, identity.provenance(self.history), curve, start
+            )
+            self._complete(run, identity, curve, logged, status)
+        return str(run.info.run_id)
+
+    def _find_or_create(
+        self,
+        identity: RunIdentity,
+        provenance: Provenance,
+        curve: Sequence[Point] = (),
+        start: int | None = None,
+    ) -> "tuple[Run, Logged]":
+        found = self._matching(identity, curve)
+        if not found:
+            self._create(identity.run_name(provenance), identity.tags(provenance), start)
+            # includes a run that another machine has created meanwhile
+            found = self._matching(identity, curve)
+        (run, logged), *duplicates = found
+        if identity.result:
+            self._update_tags(run, identity.tags(provenance), identity.run_name(provenance))
+            for duplicate, _ in duplicates:
+                self.delete(duplicate)
+        return run, logged
 
     def record_seeds(
         self,
-        origin: SeedsOrigin,
+        identity: SeedsIdentity,
         summary: Sequence[Point],
         runs: Mapping[tuple[str, int], Sequence[Point]],
     ) -> str:
-        """Make MLflow hold a run over all seeds, and within it one of each network and seed.
+        """Create or update the parent run of stage seeds and a nested run per network and seed.
 
-        A run is finished once it holds everything, so a finished one is left alone but for its
-        tags, and what an interruption left is completed.
-
-        Args:
-            origin: what made them.
-            summary: the figures over all seeds.
-            runs: curve and figures of each network and seed.
-
-        Returns:
-            The id of the run over all.
+        A run is finished once it is complete, so of a finished one only the tags are updated.
         """
         with self.lock:
-            made = origin.made(self.history)
-            same = f"tags.`{KEY_TAG}` = '{origin.key}'"
-            found = self.search(same)
-            if not found:
-                self._create(origin, made)
-                found = self.search(same)
-            parent, *doubles = _oldest_first(found)
-            for double in doubles:
-                self.delete(double)
+            provenance = identity.provenance(self.history)
+            parent, _ = self._find_or_create(identity, provenance)
             run_id: str = parent.info.run_id
-            tags = origin.tags(made)
-            ones = [(origin.one(*of), points) for of, points in runs.items()]
-            tags_of = {one.key: tags | one.own_tags() | {PARENT_TAG: run_id} for one, _ in ones}
-            there = self._nested(run_id)
-            if missing := [one for one, _ in ones if one.key not in there]:
-                for one in missing:
-                    self._create(one, made, tags=tags_of[one.key])
-                there = self._nested(run_id)  # another machine's as well, made meanwhile
-            # the one over all last: it has ended when all have
-            for one, points in [*ones, (origin, summary)]:
-                run = parent if one is origin else there[one.key]
-                self._retag(run, tags_of.get(one.key, tags), one.name(made))
-                if run.info.status != "FINISHED":
-                    names = {point.metric for point in points}
-                    self._complete(run, one, points, self._logged(run, names), "FINISHED")
+            tags = identity.tags(provenance) | {PARENT_TAG: run_id}
+            children = [(identity.of_seed(*pair), points) for pair, points in runs.items()]
+            nested = self._nested_by_key(run_id)
+            if missing := [child for child, _ in children if child.key not in nested]:
+                for child in missing:
+                    self._create(child.run_name(provenance), tags | child.identifying_tags())
+                nested = self._nested_by_key(run_id)  # another machine may have created some
+            for child, points in children:
+                run = nested[child.key]
+                self._update_tags(run, tags | child.identifying_tags(), child.run_name(provenance))
+                self._finish(run, child, points)
+            self._finish(parent, identity, summary)  # last: it ends when all have
         return run_id
 
-    def _nested(self, run_id: str) -> "dict[str, Run]":
-        """Return the runs within a run by key; of doubles the oldest, the others are deleted."""
+    def _finish(self, run: "Run", identity: SeedsIdentity, points: Sequence[Point]) -> None:
+        if run.info.status != "FINISHED":
+            logged = self._logged(run, {point.metric for point in points})
+            self._complete(run, identity, points, logged, "FINISHED")
+
+    def _nested_by_key(self, run_id: str) -> "dict[str, Run]":
+        """Return a run's nested runs; the oldest of duplicates, the others are deleted."""
         found: dict[str, Run] = {}
-        for run in _oldest_first(self.search(f"tags.`{PARENT_TAG}` = '{run_id}'")):
-            key = run.data.tags.get(KEY_TAG)  # none: somebody's own run, put there by hand
+        for run in _oldest_first(self._nested(run_id)):
+            key = run.data.tags.get(KEY_TAG)  # a run that a user nested by hand has no key
             if key and found.setdefault(key, run) is not run:
                 self.delete(run)
         return found
 
+    def _nested(self, run_id: str) -> "list[Run]":
+        return self.search(f"tags.`{PARENT_TAG}` = '{run_id}'")
+
     def delete(self, run: "Run") -> None:
-        """Delete a run and the models that were logged from it, as MLflow deletes: not for good."""
-        runs = [run, *self.search(f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")]
-        for one in runs:
+        """Mark a run, its nested runs and the models logged from them as deleted."""
+        for one in [run, *self._nested(run.info.run_id)]:
             for model in self.client.search_logged_models(
                 [self.experiment_id], f"source_run_id = '{one.info.run_id}'"
             ):
@@ -273,30 +204,31 @@ class Runs:
             self.client.delete_run(one.info.run_id)
 
     def _complete(
-        self, run: "Run", origin: Origin, points: Sequence[Point], logged: "Logged", status: str
+        self,
+        run: "Run",
+        identity: RunIdentity,
+        points: Sequence[Point],
+        logged: "Logged",
+        status: str,
     ) -> None:
-        """Log what the run lacks: all, or the rest after an outage."""
         from mlflow.entities import Metric, Param
 
         run_id = run.info.run_id
         params = [
             Param(name, value)
-            for name, value in origin.logged_params().items()
+            for name, value in identity.logged_params().items()
             if name not in run.data.params
         ]
-        # of a result the time is the run's: what two machines log at once MLflow then takes as one
-        time_of_all = run.info.start_time if origin.result else None
+        # one time for all points of a result: MLflow merges equal points of two machines
+        time = run.info.start_time if identity.result else None
         missing = [
-            Metric(p.metric, p.value, time_of_all or p.time, p.step)
-            for p in points
-            if (p.metric, p.step) not in logged
+            Metric(point.metric, point.value, time or point.time, point.step)
+            for point in points
+            if (point.metric, point.step) not in logged
         ]
-        room = LOGGED_PER_REQUEST - len(params)
         if params or missing:
-            self.client.log_batch(run_id, missing[:room], params)
-        for start in range(room, len(missing), LOGGED_PER_REQUEST):
-            self.client.log_batch(run_id, missing[start : start + LOGGED_PER_REQUEST])
-        if not run.inputs.dataset_inputs and (datasets := origin.datasets()):
+            self.client.log_batch(run_id, missing, params)
+        if not run.inputs.dataset_inputs and (datasets := identity.datasets()):
             self.client.log_inputs(run_id, datasets)
         if run.info.status not in ("FINISHED", status):
             if status != "RUNNING":
@@ -304,77 +236,64 @@ class Runs:
             elif missing:
                 self.client.update_run(run_id, status)
 
-    def _retag(self, run: "Run", tags: Mapping[str, str], name: str) -> None:
-        """Bring tags and name up to date: a result may since have been committed.
+    def _update_tags(self, run: "Run", tags: Mapping[str, str], name: str) -> None:
+        """Update tags and name: a result may have been committed since.
 
-        Another clone may know experiments that are not in this one, and who ran it stays said.
+        Experiments that another clone knows and the user who ran the training are kept.
         """
         from mlflow.entities import RunTag
 
-        run_id, there = run.info.run_id, run.data.tags
+        run_id, existing = run.info.run_id, run.data.tags
         wanted = dict(tags)
-        if EXPERIMENT_TAG in there:
-            known = {
-                *there[EXPERIMENT_TAG].split(", "),
-                *wanted.get(EXPERIMENT_TAG, "").split(", "),
-            }
-            wanted[EXPERIMENT_TAG] = ", ".join(sorted(known - {""}))
-        if USER_TAG in there:
+        if EXPERIMENT_TAG in existing:
+            names = f"{existing[EXPERIMENT_TAG]}, {wanted.get(EXPERIMENT_TAG, '')}".split(", ")
+            wanted[EXPERIMENT_TAG] = ", ".join(sorted({*names} - {""}))
+        if USER_TAG in existing:
             wanted.pop(USER_TAG, None)
-        stale = [tag for tag in wanted.items() if tag not in there.items()]
+        stale = [tag for tag in wanted.items() if tag not in existing.items()]
         if stale:
             self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in stale])
-        if run.info.run_name != name and (EXPERIMENT_TAG in tags or EXPERIMENT_TAG not in there):
+        if run.info.run_name != name and (EXPERIMENT_TAG in tags or EXPERIMENT_TAG not in existing):
             self.client.update_run(run_id, name=name)
 
     def search(self, query: str) -> "list[Run]":
-        """Return all runs that a query finds, the newest first."""
-        found: list[Run] = []
-        token = None
-        while True:
-            page = self.client.search_runs(
+        return _all_pages(
+            lambda token: self.client.search_runs(
                 [self.experiment_id], query, max_results=RUNS_PER_REQUEST, page_token=token
             )
-            found += page
-            token = page.token
-            if not token:
-                return found
+        )
 
-    def of_weights(self, sha256: str) -> str | None:
+    def find_by_weights(self, sha256: str) -> str | None:
         """Return the id of the run that made a checkpoint; None if there is none."""
         found = _oldest_first(self.search(f"tags.`{WEIGHTS_TAG}` = '{sha256}'"))
         return found[0].info.run_id if found else None
 
-    def within(self, run_ids: Iterable[str]) -> list[str]:
-        """Return the ids of the runs within runs."""
-        queries = [f"tags.`{PARENT_TAG}` = '{run_id}'" for run_id in run_ids]
-        return [run.info.run_id for query in queries for run in self.search(query)]
+    def nested_ids(self, run_ids: Iterable[str]) -> list[str]:
+        return [run.info.run_id for run_id in run_ids for run in self._nested(run_id)]
 
-    def logged_models(self, run_ids: Iterable[str]) -> list[str]:
-        """Return the ids of the models that were logged from runs."""
-        wanted, token = set(run_ids), None
-        found: list[str] = []
-        while True:
-            page = self.client.search_logged_models([self.experiment_id], page_token=token)
-            found += [model.model_id for model in page if model.source_run_id in wanted]
-            token = page.token
-            if not token:
-                return found
+    def model_ids(self, run_ids: Iterable[str]) -> list[str]:
+        sources = set(run_ids)
+        models: list[LoggedModel] = _all_pages(
+            lambda token: self.client.search_logged_models([self.experiment_id], page_token=token)
+        )
+        return [model.model_id for model in models if model.source_run_id in sources]
 
-    def _find(self, origin: Origin, curve: Sequence[Point]) -> "list[tuple[Run, Logged]]":
-        """Return the runs of this result: same key, and nothing that contradicts it.
+    def _matching(
+        self, identity: RunIdentity, curve: Sequence[Point]
+    ) -> "list[tuple[Run, Logged]]":
+        """Return the runs with this key that do not contradict the result.
 
-        The one to keep is the first: one that is known to be of these weights, else the oldest.
+        The first is the one to keep: with the tag of these weights, else the oldest.
         """
-        weights = (origin.result.tags if origin.result else {}).get(WEIGHTS_TAG)
+        weights = (identity.result.tags if identity.result else {}).get(WEIGHTS_TAG)
         found = []
-        for run in _oldest_first(self.search(f"tags.`{KEY_TAG}` = '{origin.key}'")):
+        for run in _oldest_first(self.search(f"tags.`{KEY_TAG}` = '{identity.key}'")):
             if weights and run.data.tags.get(WEIGHTS_TAG, weights) != weights:
                 continue
             logged = self._logged(run, set(CURVE.values()))
             if all(p.value in logged.get((p.metric, p.step), {p.value}) for p in curve):
                 found.append((run, logged))
-        return sorted(found, key=lambda one: WEIGHTS_TAG not in one[0].data.tags)
+        return sorted(found, key=lambda match: WEIGHTS_TAG not in match[0].data.tags)
 
     def _logged(self, run: "Run", names: set[str]) -> "Logged":
         logged: dict[tuple[str, int], set[float]] = defaultdict(set)
@@ -383,73 +302,32 @@ class Runs:
                 logged[name, metric.step].add(metric.value)
         return logged
 
-    def _create(
-        self,
-        origin: Origin,
-        made: Made,
-        start: int | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> "Run":
-        return self.client.create_run(
-            self.experiment_id,
-            start_time=start,
-            tags=dict(tags or origin.tags(made)),
-            run_name=origin.name(made),
-        )
+    def _create(self, name: str, tags: Mapping[str, str], start: int | None = None) -> None:
+        self.client.create_run(self.experiment_id, start, dict(tags), name)
+
+
+def _all_pages(request: "Callable[[str | None], PagedList[T]]") -> list[T]:
+    page = request(None)
+    found = list(page)
+    while page.token:
+        page = request(page.token)
+        found += page
+    return found
 
 
 def _oldest_first(runs: "list[Run]") -> "list[Run]":
     return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
-def _is_database(uri: str) -> bool:
-    from mlflow.store.db.db_types import DATABASE_ENGINES
-
-    return uri.startswith(tuple(DATABASE_ENGINES))
-
-
-def _create_database(path: Path, artifacts: str) -> None:
-    """Create MLflow's SQLite database, whole or not at all.
-
-    MLflow migrates an empty database step by step, which takes seconds; a process killed on the
-    way would leave one that no later run can open.
-    """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    if not path.exists():
-        with replacing(path) as temporary:
-            SqlAlchemyStore(f"sqlite:///{temporary}", artifacts).engine.dispose()
-
-
 @contextlib.contextmanager
-def opened(experiment: str, root: Path) -> Iterator[Runs]:
-    """Connect to a store to read from it.
-
-    Raises:
-        UserError: There is none yet, it cannot be reached, or it is not usable.
-    """
-    if (local := database(root)) and not local.exists():
+def reading(experiment: str, root: Path) -> Iterator[RunStore]:
+    """Connect to an existing store; errors are raised as `UserError`, also those of the block."""
+    if (database := database_path(root)) and not database.exists():
         uri = tracking_uri(root)
         raise UserError(f"no run has been tracked yet: no {uri}; run `dvc repro sync` first")
     try:
-        yield Runs.open(experiment, root, create=False)
+        yield RunStore.open(experiment, root, create=False)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
-        raise UserError(trouble(error, root)) from None
-
-
-def trouble(error: Exception, root: Path) -> str:
-    """Say in a line what is wrong with the store."""
-    cause: BaseException = error
-    while following := (cause.__cause__ or (not cause.__suppress_context__ and cause.__context__)):
-        cause = following
-    # of a network error only the innermost is short: "[Errno 111] Connection refused"
-    reason = str(cause if isinstance(cause, OSError) else error) or type(error).__name__
-    return without_password(f"MLflow at {tracking_uri(root)}: {reason.splitlines()[0]}")
-
-
-def warn(error: Exception, root: Path) -> None:
-    """Write the one line on stderr that a store which does not work is worth."""
-    start = "\n" if sys.stderr.isatty() else ""  # below the progress bar
-    click.echo(f"{start}warning: {trouble(error, root)}", err=True)
+        raise UserError(describe_error(error, root)) from None
