@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 from mnist_batchnorm.artifacts.splits import network_input
 from mnist_batchnorm.parity import runtime
 from tests.support import serving
-from tests.support.serving import NETWORK, Server
+from tests.support.serving import Server, network
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -39,7 +39,7 @@ def client(server: Server) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def logits() -> np.ndarray:
-    return runtime.load(NETWORK.graph(folded=False)).run(FLOATS)
+    return runtime.load(network().graph(folded=False)).run(FLOATS)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_logits_are_onnx_runtimes_bit_for_bit(
     inputs = [image(content, binary=binary_input)]
     result = client.infer(MODEL, inputs, outputs=outputs, headers=headers())
     given = result.as_numpy("logits")
-    expected = runtime.load(NETWORK.graph(folded=False)).run(FLOATS[: len(content)])
+    expected = runtime.load(network().graph(folded=False)).run(FLOATS[: len(content)])
     assert given.dtype == np.float32
     np.testing.assert_array_equal(given, expected)
 

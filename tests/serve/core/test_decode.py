@@ -1,9 +1,7 @@
 """Bodies of inference requests, read by either of the parsers."""
 
-import importlib.util
 import json
 import struct
-import sys
 from types import ModuleType
 from unittest import mock
 
@@ -17,32 +15,21 @@ from mnist_batchnorm.serve.core.protocol import InferRequest, RequestError
 from mnist_batchnorm.serve.core.settings import Limits
 from tests.support import bodies
 from tests.support.bodies import (
-    GREY,
+    ACCEPTED,
+    GRAY,
     IMAGE,
     PIXELS,
-    REFUSED,
-    TAKEN,
-    Refused,
-    Taken,
+    REJECTED,
+    Accepted,
+    Rejected,
     request,
     tensor,
 )
+from tests.support.parsers import PARSERS
 
 LIMITS = Limits()
 
 
-def without_simdjson() -> ModuleType:
-    """The module as it is where pysimdjson is not installed."""
-    spec = importlib.util.find_spec("mnist_batchnorm.serve.core.decode")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {"simdjson": None}):
-        spec.loader.exec_module(module)
-    return module
-
-
-PARSERS = {"pysimdjson": with_simdjson, "orjson": without_simdjson()}
 parsers = pytest.mark.parametrize("parser", PARSERS.values(), ids=PARSERS)
 
 
@@ -50,25 +37,25 @@ def test_the_parsers_are_two() -> None:
     assert [bool(parser.simdjson) for parser in PARSERS.values()] == [True, False]
 
 
-@parsers
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
-def test_what_is_wrong_is_said(parser: ModuleType, case: Refused) -> None:
-    with pytest.raises(RequestError) as refusal:
-        parser.decode(case.body, case.json_length, LIMITS)
-    message = str(refusal.value)
-    assert case.says in message
-    assert refusal.value.status == case.status
-    assert len(message) < 300
-    assert "\n" not in message
+@pytest.mark.parametrize("case", REJECTED, ids=lambda case: case.what)
+def test_an_invalid_body_is_rejected_by_either_parser(case: Rejected) -> None:
+    for parser in PARSERS.values():
+        with pytest.raises(RequestError) as rejection:
+            parser.decode(case.body, case.json_length, LIMITS)
+        message = str(rejection.value)
+        assert case.says in message
+        assert rejection.value.status == case.status
+        assert len(message) < 300
+        assert "\n" not in message
 
 
-@parsers
-@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.what)
-def test_what_is_only_odd_is_taken(parser: ModuleType, case: Taken) -> None:
-    images = parser.decode(case.body, case.json_length, LIMITS).images
-    assert images.dtype == np.float32
-    assert images.flags["C_CONTIGUOUS"]
-    np.testing.assert_array_equal(images, case.images)
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.what)
+def test_an_odd_body_is_decoded_by_either_parser(case: Accepted) -> None:
+    for parser in PARSERS.values():
+        images = parser.decode(case.body, case.json_length, LIMITS).images
+        assert images.dtype == np.float32
+        assert images.flags["C_CONTIGUOUS"]
+        np.testing.assert_array_equal(images, case.images)
 
 
 @parsers
@@ -104,7 +91,7 @@ def test_more_classes_than_there_are_is_all(parser: ModuleType) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_numbers_pass_only_where_they_may(parser: ModuleType, value: float) -> None:
     numbers = np.array(bodies.at(5, value), "<f4")
-    head = request(tensor(data=bodies.GONE, parameters={"binary_data_size": 4 * PIXELS}))
+    head = request(tensor(data=bodies.MISSING, parameters={"binary_data_size": 4 * PIXELS}))
     body = head + numbers.tobytes()
     read = parser.decode(body, len(head), Limits(nonfinite=True))
     np.testing.assert_array_equal(read.images, [numbers])
@@ -120,7 +107,7 @@ def test_large_numbers_whose_squares_overflow_are_finite(parser: ModuleType) -> 
 
 @parsers
 def test_as_many_rows_as_are_allowed(parser: ModuleType) -> None:
-    body = request(bodies.bytes_tensor(shape=[3, PIXELS], data=GREY * 3))
+    body = request(bodies.bytes_tensor(shape=[3, PIXELS], data=GRAY * 3))
     assert len(parser.decode(body, None, Limits(rows=3)).images) == 3
     with pytest.raises(RequestError, match="got 3 images, expected at most 2"):
         parser.decode(body, None, Limits(rows=2))
@@ -157,7 +144,7 @@ def test_what_is_around_the_numbers_is_read_once() -> None:
 
 
 def test_pixels_are_scaled_whether_or_not_it_is_known_that_they_are() -> None:
-    for image in (GREY, GREY[::-1]):
+    for image in (GRAY, GRAY[::-1]):
         same(request(bodies.bytes_tensor(data=image)))
 
 
@@ -289,7 +276,7 @@ def test_a_request_in_which_something_is_changed(place: int, by: bytes, over: in
 
 @given(st.lists(st.integers(-1, 3) | st.none() | st.just(10**20), max_size=5), anything)
 def test_any_shape_and_any_size(shape: list[int | None], size: object) -> None:
-    head = request(tensor(shape=shape, data=bodies.GONE, parameters={"binary_data_size": size}))
+    head = request(tensor(shape=shape, data=bodies.MISSING, parameters={"binary_data_size": size}))
     same(head + bytes(3136), len(head))
 
 
@@ -307,7 +294,7 @@ def test_json_brings_every_float32_as_it_is(seed: int) -> None:
 
 
 def test_raw_numbers_are_little_endian() -> None:
-    head = request(tensor(data=bodies.GONE, parameters={"binary_data_size": 4 * PIXELS}))
+    head = request(tensor(data=bodies.MISSING, parameters={"binary_data_size": 4 * PIXELS}))
     raw = struct.pack(f"<{PIXELS}f", *IMAGE)
     images = with_simdjson.decode(head + raw, len(head), LIMITS).images
     assert images[0, 1] == np.float32(0.001)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 STATIC = ROOT / "src/mnist_batchnorm/serve/page"
 TOKEN = "a-token-that-is-long-enough"
 BN, PLAIN = 0, 1  # the networks' cards
-THEMES = ("light", "dark")
+THEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 # of an element with all that it lies in
 OPACITY = """element => {
   let opacity = 1;
@@ -140,7 +140,7 @@ def choose(opened: "Page", name: str, content: bytes) -> None:
 
 
 @needs_chromium
-def test_seven_drawn_with_the_mouse(address: str, visit: Open) -> None:
+def test_a_seven_is_drawn_with_the_mouse(address: str, visit: Open) -> None:
     opened = visit(address)
     draw(opened, SEVEN)
     shows(digit(opened, BN), "7")
@@ -173,7 +173,7 @@ def test_answers_change_as_one_draws(address: str, visit: Open) -> None:
 
 
 @needs_chromium
-def test_touch(address: str, visit: Open) -> None:
+def test_a_seven_is_drawn_by_touch(address: str, visit: Open) -> None:
     opened = visit(address, has_touch=True, is_mobile=True, viewport={"width": 390, "height": 800})
     box = opened.locator("#board").bounding_box()
     assert box
@@ -194,7 +194,7 @@ def test_touch(address: str, visit: Open) -> None:
 
 
 @needs_chromium
-def test_keys_alone(address: str, visit: Open) -> None:
+def test_a_seven_is_drawn_with_keys_alone(address: str, visit: Open) -> None:
     opened = visit(address)
     keys = opened.keyboard
     keys.press("Tab")
@@ -259,7 +259,7 @@ def pictures() -> dict[str, bytes]:
     exif[0x0112] = 6
     turned = sheet().transpose(Image.Transpose.ROTATE_90)
     return {
-        "colours": encoded(sheet()),
+        "colors": encoded(sheet()),
         "light on dark": encoded(ImageOps.invert(sheet())),
         "palette": encoded(sheet().quantize(16)),
         "large and noisy": encoded(Image.fromarray(np.clip(photo, 0, 255).astype(np.uint8))),
@@ -298,8 +298,7 @@ def test_page_and_python_give_the_network_the_same_pixels(
 
 
 @needs_chromium
-@pytest.mark.parametrize("way", ["drop", "paste"])
-def test_picture_that_is_dropped_or_pasted(address: str, visit: Open, way: str) -> None:
+def test_a_picture_is_dropped_or_pasted(address: str, visit: Open) -> None:
     opened = visit(address)
     content = encoded(sheet(), "JPEG")
     script = """([way, content]) => {
@@ -311,16 +310,19 @@ def test_picture_that_is_dropped_or_pasted(address: str, visit: Open, way: str) 
             ? new DragEvent("drop", { ...options, dataTransfer: carried })
             : new ClipboardEvent("paste", { ...options, clipboardData: carried }));
     }"""
-    opened.evaluate(script, [way, base64.b64encode(content).decode()])
-    shows(digit(opened), "7")
-    draw(opened, [[(0.5, 0.2), (0.5, 0.8)]])  # on a new sheet
-    shows(digit(opened), "1")
-    opened.get_by_role("button", name="Undo").click()
-    shows(digit(opened), "7")
+    for way in ("drop", "paste"):
+        opened.evaluate(script, [way, base64.b64encode(content).decode()])
+        shows(digit(opened), "7")
+        draw(opened, [[(0.5, 0.2), (0.5, 0.8)]])  # on a new sheet
+        shows(digit(opened), "1")
+        opened.get_by_role("button", name="Undo").click()
+        shows(digit(opened), "7")
+        opened.get_by_role("button", name="Clear").click()
+        shows(digit(opened), "\N{EN DASH}")
 
 
 @needs_chromium
-def test_file_that_is_no_picture(address: str, visit: Open) -> None:
+def test_an_unusable_picture_is_reported(address: str, visit: Open) -> None:
     opened = visit(address)
     trouble = opened.get_by_role("alert")
     choose(opened, "a.png", b"no picture")
@@ -338,7 +340,7 @@ def test_file_that_is_no_picture(address: str, visit: Open) -> None:
 
 
 @needs_chromium
-def test_one_question_at_a_time_and_the_newest_wins(address: str, visit: Open) -> None:
+def test_one_request_at_a_time_is_sent_and_the_newest_wins(address: str, visit: Open) -> None:
     opened = visit(address)
     held: list[Route] = []
     opened.route("**/v2/models/mnist-bn/infer", lambda route: held.append(route))  # noqa: PLW0108
@@ -362,7 +364,7 @@ def test_one_question_at_a_time_and_the_newest_wins(address: str, visit: Open) -
 
 
 @needs_chromium
-def test_server_says_no(address: str, visit: Open) -> None:
+def test_the_servers_refusals_are_shown_and_retried(address: str, visit: Open) -> None:
     opened = visit(address, complaints=True)
     answers: Iterator[tuple[int, dict[str, str], str]] = iter(
         [(400, {}, "inputs: got 3, expected 1"), (503, {"Retry-After": "1"}, "queue full")]
@@ -386,7 +388,7 @@ def test_server_says_no(address: str, visit: Open) -> None:
 
 
 @needs_chromium
-def test_server_away_and_back(project: Path, visit: Open) -> None:
+def test_the_page_reconnects_to_a_restarted_server(project: Path, visit: Open) -> None:
     with serving.running("mnist-bn=models/bn.onnx", folder=project) as server:
         opened = visit(server.url, complaints=True)
         shows(opened.locator("#alone"), "This server has one of them: mnist-bn.")
@@ -400,7 +402,7 @@ def test_server_away_and_back(project: Path, visit: Open) -> None:
 
 
 @needs_chromium
-def test_unverified_network_and_token(project: Path, visit: Open) -> None:
+def test_an_unverified_network_is_marked_and_a_token_asked_for(project: Path, visit: Open) -> None:
     models = ("mnist-bn=models/bn.onnx", "mnist-plain=unproven.onnx", "--allow-unverified")
     with serving.running(*models, "--token-file", "token", folder=project) as server:
         opened = visit(server.url, complaints=True, ready=False)
@@ -427,12 +429,16 @@ def test_unverified_network_and_token(project: Path, visit: Open) -> None:
 
 
 @needs_chromium
-def test_every_link_of_the_footer_leads_somewhere(address: str, visit: Open) -> None:
+def test_the_footers_links_work_and_motion_is_only_on_request(address: str, visit: Open) -> None:
     opened = visit(address)
     opened.locator("#metrics").wait_for()
     assert links(opened) == ["Try the API", "OpenAPI", "Metrics"]
     for link in opened.locator("footer a").all():
         assert opened.request.get(f"{address}/{link.get_attribute('href')}").ok
+    style = "fill => getComputedStyle(fill).transitionDuration"
+    assert opened.locator(".fill").first.evaluate(style) == "0s"
+    opened.emulate_media(reduced_motion="no-preference")
+    assert opened.locator(".fill").first.evaluate(style) == "0.12s"
 
 
 def links(opened: "Page") -> list[str]:
@@ -445,7 +451,7 @@ def links(opened: "Page") -> list[str]:
 
 
 @needs_chromium
-def test_narrow_screen_needs_no_scrolling_sideways(address: str, visit: Open) -> None:
+def test_a_narrow_screen_needs_no_horizontal_scrolling(address: str, visit: Open) -> None:
     opened = visit(address, viewport={"width": 320, "height": 700})
     draw(opened, SEVEN)
     shows(digit(opened), "7")
@@ -459,22 +465,13 @@ def test_narrow_screen_needs_no_scrolling_sideways(address: str, visit: Open) ->
 
 
 @needs_chromium
-def test_motion_only_for_those_who_want_it(address: str, visit: Open) -> None:
-    opened = visit(address)
-    style = "fill => getComputedStyle(fill).transitionDuration"
-    assert opened.locator(".fill").first.evaluate(style) == "0s"
-    opened.emulate_media(reduced_motion="no-preference")
-    assert opened.locator(".fill").first.evaluate(style) == "0.12s"
-
-
-@needs_chromium
-def test_picture_for_the_readme(address: str, chromium: "Browser") -> None:
+def test_the_screenshot_for_the_readme_is_taken(address: str, chromium: "Browser") -> None:
     with Image.open(io.BytesIO(page.take(chromium, address))) as image:
         assert image.width == page.SIZE[0]
         assert len(image.convert("RGB").getcolors(1 << 16) or []) > 20
 
 
-def test_picture_without_a_model(
+def test_no_screenshot_is_taken_without_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["page", "--root", str(tmp_path)])
@@ -483,9 +480,9 @@ def test_picture_without_a_model(
     assert not (tmp_path / page.PICTURE).exists()
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance."""
-    levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    levels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in levels]
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
@@ -496,46 +493,47 @@ def contrast(one: str, other: str) -> float:
 
 
 def mixed(above: str, below: str, opacity: float) -> str:
-    """What a colour looks like on another one through which it can be seen."""
+    """What a color looks like on another one through which it can be seen."""
     pairs = [(int(above[i : i + 2], 16), int(below[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(opacity * a + (1 - opacity) * b):02x}" for a, b in pairs)
 
 
 def palette(theme: int) -> dict[str, str]:
-    """A theme's colours by name."""
+    """A theme's colors by name."""
     rules = re.findall(r":root \{(.*?)\}", (STATIC / "style.css").read_text(), re.DOTALL)
     return dict(re.findall(r"--(\w+): (#\w{6})", rules[theme]))
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=THEMES)
 def test_contrast_is_that_of_wcag_aa(theme: int) -> None:
-    colours = palette(theme)
+    colors = palette(theme)
     for ground in ("paper", "card"):
         for text in ("text", "quiet", "good", "bad"):
-            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
         for mark in ("edge", "first", "second"):
-            assert contrast(colours[mark], colours[ground]) >= 3, (mark, ground)
+            assert contrast(colors[mark], colors[ground]) >= 3, (mark, ground)
     for bar in ("first", "second"):
-        assert contrast(colours[bar], colours["track"]) >= 3, bar
+        assert contrast(colors[bar], colors["track"]) >= 3, bar
 
 
 @needs_chromium
-@pytest.mark.parametrize("theme", [0, 1], ids=THEMES)
-def test_an_old_answer_fades_and_can_still_be_read(address: str, visit: Open, theme: int) -> None:
-    opened = visit(address, complaints=True, color_scheme=THEMES[theme])
+def test_an_old_answer_fades_and_stays_readable(address: str, visit: Open) -> None:
+    opened = visit(address, complaints=True)
     draw(opened, SEVEN)
     shows(digit(opened), "7")
     opened.route("**/infer", lambda route: route.fulfill(status=400, body='{"error": "no"}'))
     opened.locator("#board").click()
     shows(opened.locator("#trouble"), "The server refuses: no.")
-    for text in (".network h3", ".network .sure", ".network .facts", ".cell span"):
-        assert opened.locator(text).first.evaluate(OPACITY) == 1, text
-    assert opened.locator(".track").first.evaluate(OPACITY) < 1
-    opacity = digit(opened).evaluate(OPACITY)
-    assert opacity < 1
-    colours = palette(theme)
-    faded = mixed(colours["text"], colours["card"], opacity)
-    assert contrast(faded, colours["card"]) >= 3  # which is enough for text of this size
+    for theme, name in enumerate(THEMES):
+        opened.emulate_media(color_scheme=name)
+        for text in (".network h3", ".network .sure", ".network .facts", ".cell span"):
+            assert opened.locator(text).first.evaluate(OPACITY) == 1, text
+        assert opened.locator(".track").first.evaluate(OPACITY) < 1
+        opacity = digit(opened).evaluate(OPACITY)
+        assert opacity < 1
+        colors = palette(theme)
+        faded = mixed(colors["text"], colors["card"], opacity)
+        assert contrast(faded, colors["card"]) >= 3  # which is enough for text of this size
 
 
 # --- what it is made of -------------------------------------------------------------------------
@@ -571,7 +569,7 @@ def test_nothing_is_inline_or_from_elsewhere() -> None:
 
 def test_constants_are_those_of_python() -> None:
     script = (STATIC / "picture.js").read_text()
-    names = ("BOX", "CENTRE", "MAX_PIXELS", "WORKING_SIDE", "CONTRAST")
-    for name in (*names, "PAPER", "FULL", "EDGE", "OPAQUE", "FEW"):
+    names = ("BOX", "CENTER", "MAX_PIXELS", "WORKING_SIDE", "CONTRAST")
+    for name in (*names, "PAPER", "FULL_INK", "EDGE", "OPAQUE", "MAX_DARK_SHARE"):
         (value,) = re.findall(rf"^const {name} = ([\d._]+);", script, re.MULTILINE)
         assert float(value.replace("_", "")) == getattr(picture, name), name

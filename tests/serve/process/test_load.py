@@ -12,14 +12,13 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import requests
 import uvloop
 
-from tests.serve.process.test_ops import RIGHT, ask, connect, counted, until, workers_of
 from tests.support import commands
 from tests.support.candidates import shifted
 from tests.support.hammer import (
@@ -34,17 +33,26 @@ from tests.support.hammer import (
     rows,
     version_of,
 )
-from tests.support.serving import NETWORK, Server, lay, running
+from tests.support.raw_clients import RIGHT, ask, connect
+from tests.support.serving import (
+    BEARER,
+    TOKEN,
+    Server,
+    counted,
+    lay,
+    network,
+    running,
+    until,
+    workers_of,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SOAK = float(os.environ.get("MNIST_BN_SOAK_SECONDS", "180"))
-TOKEN = "the-token-of-these-tests"
-BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 BATCH = images(1)
 REQUEST, ANEW = request(BATCH), request(BATCH, last=True)
-CONTENTS = [NETWORK.graph(folded=False), *(shifted(by).graph(folded=False) for by in (0.5, 1.0))]
+CONTENTS = [network().graph(folded=False), *(shifted(by).graph(folded=False) for by in (0.5, 1.0))]
 CHECK = checker({version_of(content): logits_of(content, BATCH) for content in CONTENTS})
 VERSIONS = {version_of(content) for content in CONTENTS}
 TOLERATED = 24 << 20  # bytes by which memory may differ: allocators keep some
@@ -67,15 +75,6 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             os.write(1, f"\n{text}".encode())
 
     return show
-
-
-@pytest.fixture(autouse=True)
-def close_connections() -> Iterator[None]:
-    from tests.serve.process.test_ops import opened
-
-    yield
-    while opened:
-        opened.pop().close()
 
 
 def hammered(
@@ -285,9 +284,9 @@ def test_more_load_than_it_can_take(folder: Path, say: Callable[[str], None]) ->
                 load.close()
 
             uvloop.run(offer())
-            assert load.seconds.keys() <= {"200", "503"}, load.told()
+            assert load.seconds.keys() <= {"200", "503"}, load.summary()
             offered = sum(map(len, load.seconds.values())) / seconds
-            say(f"offered {share:g} of that, {offered:,.0f}/s: {load.told()}")
+            say(f"offered {share:g} of that, {offered:,.0f}/s: {load.summary()}")
             with connect(server) as connection:  # at once all is well again
                 for _ in range(20):
                     assert ask(connection, sent).status == 200
@@ -311,7 +310,7 @@ def test_a_thousand_idle_connections_do_not_matter(
 
             uvloop.run(run())
             assert load.seconds.keys() == {"200"}
-            return load.told()
+            return load.summary()
 
         alone, before = measured(), server.memory()
         idle = [connect(server) for _ in range(1000)]

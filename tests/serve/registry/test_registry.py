@@ -18,21 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mnist_batchnorm.artifacts.goldens import GOLDEN_IMAGES
 from mnist_batchnorm.artifacts.splits import load_split, network_input
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.params import Params
 from mnist_batchnorm.core.paths import MODELS
 from mnist_batchnorm.parity import Check, runtime
-from mnist_batchnorm.serve.process.sources import sources_of
-from mnist_batchnorm.serve.registry import child as fetch
-from mnist_batchnorm.serve.registry import supervisor as fetcher
-from mnist_batchnorm.serve.registry.child import Follower, Registry, StoreReplacedError
+from mnist_batchnorm.serve.registry import child, supervisor
+from mnist_batchnorm.serve.registry.child import Registry, SourceUpdater, StoreReplacedError
 from mnist_batchnorm.serve.registry.source import Address, Current, Fetched, RegisteredSource
 from tests.conftest import ROOT, MnistBn
 from tests.support import commands, registered, services, store
 from tests.support.candidates import ALIKE, GOOD, shifted
 from tests.support.finished import PASSED, write_parity
-from tests.support.graphs import REGRESSION
 from tests.support.serving import Server
 
 NETWORKS = {"1": GOOD, "2": shifted(ALIKE)}
@@ -99,7 +97,7 @@ class Serving(Server):
 
 def an_image() -> np.ndarray:
     """A digit, float32 ``[1, 784]``."""
-    return network_input(load_split(REGRESSION / "images.safetensors").images[:1])
+    return network_input(load_split(ROOT / GOLDEN_IMAGES).images[:1])
 
 
 @contextlib.contextmanager
@@ -185,18 +183,10 @@ def test_no_address(text: str) -> None:
         Address.parse(text)
 
 
-def test_sources_of_the_command_line(tmp_path: Path) -> None:
-    words = [CHAMPION, "digits=models:/mnist-bn/3", "models:/a=b@c", "x=bn.onnx"]
-    sources = sources_of(words, Path("parity.json"), tmp_path, allow_unverified=False)
-    assert [source.name for source in sources] == ["mnist-bn", "digits", "a=b", "x"]
-    folders = [one.folder for one in sources if isinstance(one, RegisteredSource)]
-    assert len(set(folders)) == 3
-    assert all(tmp_path in folder.parents for folder in folders)
-    with pytest.raises(UserError, match="expected models:/NAME@ALIAS"):
-        sources_of(["digits=models:/mnist-bn"], Path(), tmp_path, allow_unverified=False)
-
-
 # ----------------------------------------------------------------- what a server does with a folder
+
+
+FETCHED_ONNX, FETCHED_PARITY = Path("7/model.onnx"), Path("7/parity.json")
 
 
 @pytest.fixture
@@ -206,10 +196,15 @@ def fetched(project: Path, prepared: Path) -> Fetched:
     GOOD.write()
     GOOD.write_plain()
     (MODELS / "bn.safetensors").write_bytes(b"weights")
-    write_parity(Path(), PASSED)
-    onnx = MODELS / "bn.onnx"
-    digest = sha256(onnx.read_bytes()).hexdigest()
-    return Fetched("7", "3", digest, onnx, Path("reports/parity.json"), None)
+    FETCHED_ONNX.parent.mkdir()
+    shutil.copy(MODELS / "bn.onnx", FETCHED_ONNX)
+    write_fetched_parity(PASSED)
+    return Fetched("7", "3", sha256(FETCHED_ONNX.read_bytes()).hexdigest(), None)
+
+
+def write_fetched_parity(checks: list[Check]) -> None:
+    write_parity(Path(), checks)
+    shutil.copy("reports/parity.json", FETCHED_PARITY)
 
 
 def source(*, allow_unverified: bool = False) -> RegisteredSource:
@@ -261,7 +256,7 @@ def test_unproven_is_refused_or_said(fetched: Fetched) -> None:
     reasons = {}
     Current(replace(fetched, unreported="it belongs to no run")).write(Path())
     reasons["it belongs to no run"] = Current.read(Path()).fetched
-    write_parity(Path(), [Check("weights", "failed", "")])
+    write_fetched_parity([Check("weights", "failed", "")])
     reasons["its run's parity.json says: no parity"] = fetched
     other = replace(fetched, sha256="0" * 64)
     reasons["its run's parity.json is about other files"] = other
@@ -278,9 +273,9 @@ def test_unproven_is_refused_or_said(fetched: Fetched) -> None:
 
 
 def test_proven_file_that_computes_something_else_here_is_refused(fetched: Fetched) -> None:
-    report = json.loads(fetched.parity.read_text())
+    report = json.loads(FETCHED_PARITY.read_text())
     report["goldens"]["logits"]["bn.onnx"][0][0] += 1
-    fetched.parity.write_text(json.dumps(report))
+    FETCHED_PARITY.write_text(json.dumps(report))
     Current(fetched).write(Path())
     with pytest.raises(
         CheckFailedError, match=r"golden images of its run's parity\.json .* off by"
@@ -291,26 +286,28 @@ def test_proven_file_that_computes_something_else_here_is_refused(fetched: Fetch
 
 def test_file_that_is_altered_after_it_was_fetched_is_refused(fetched: Fetched) -> None:
     Current(fetched).write(Path())
-    fetched.onnx.write_bytes(shifted(ALIKE).graph(folded=False))
+    FETCHED_ONNX.write_bytes(shifted(ALIKE).graph(folded=False))
     with pytest.raises(CheckFailedError, match="about other files"):
         source().load()
 
 
 def test_fetched_file_that_is_no_model_is_named_by_its_address(fetched: Fetched) -> None:
-    fetched.onnx.write_bytes(b"no model")
+    FETCHED_ONNX.write_bytes(b"no model")
     digest = sha256(b"no model").hexdigest()
-    store.edit(fetched.parity, fetched.sha256, digest)
+    store.edit(FETCHED_PARITY, fetched.sha256, digest)
     with pytest.raises(UserError, match=r"models:/mnist-bn@champion \(version 7 in MLflow\) is no"):
-        replace(fetched, sha256=digest).load("x", Address.parse(CHAMPION), allow_unverified=False)
+        source().load_version(replace(fetched, sha256=digest))
 
 
 # ------------------------------------------------------------------------- what is read from MLflow
 
 
-def follower(address: str = CHAMPION, *, allow_unverified: bool = False) -> Follower:
+def updater(address: str = CHAMPION, *, allow_unverified: bool = False) -> SourceUpdater:
     place = Path("fetched")
     place.mkdir(exist_ok=True)
-    return Follower("mnist-bn", Address.parse(address), place, allow_unverified)
+    return SourceUpdater(
+        RegisteredSource("mnist-bn", Address.parse(address), place, allow_unverified)
+    )
 
 
 def served() -> str | None:
@@ -320,7 +317,7 @@ def served() -> str | None:
 
 
 def test_follower_fetches_what_an_alias_means(folder: Path, mnist_bn: MnistBn) -> None:
-    one, registry = follower(), Registry(folder)
+    one, registry = updater(), Registry(folder)
     steps: dict[tuple[str, ...], str] = {
         (): "2",
         ("promote", "1", "--override", "to compare them"): "1",
@@ -328,11 +325,12 @@ def test_follower_fetches_what_an_alias_means(folder: Path, mnist_bn: MnistBn) -
     }
     for command, number in steps.items():
         assert not command or mnist_bn(*command).status == 0
-        one.look(registry)
+        one.update(registry)
         current = Current.read(Path("fetched"))
         assert current.refused is None
         assert current.fetched
-        assert current.fetched.onnx.read_bytes() == NETWORKS[number].graph(folded=False)
+        onnx = one.source.onnx(current.fetched.number)
+        assert onnx.read_bytes() == NETWORKS[number].graph(folded=False)
         assert served() == number
     assert len([place for place in Path("fetched").iterdir() if place.is_dir()]) == 2
 
@@ -340,11 +338,11 @@ def test_follower_fetches_what_an_alias_means(folder: Path, mnist_bn: MnistBn) -
 def test_look_at_a_version_that_is_there_is_one_request(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, registry = follower(), Registry(folder)
-    one.look(registry)
+    one, registry = updater(), Registry(folder)
+    one.update(registry)
     said = Path("fetched/current.json").stat()
     monkeypatch.setattr(Registry, "fetch", lambda *_: pytest.fail("it is there"))
-    one.look(registry)
+    one.update(registry)
     assert Path("fetched/current.json").stat() == said
 
 
@@ -354,12 +352,12 @@ def test_version_that_clients_see_is_the_ledgers(folder: Path) -> None:
     again = client.create_model_version(
         "mnist-bn", second.source, run_id=second.run_id, tags=second.tags
     )
-    follower(f"models:/mnist-bn/{again.version}").look(Registry(folder))
+    updater(f"models:/mnist-bn/{again.version}").update(Registry(folder))
     assert (again.version, served()) == (3, "2")
     client.delete_model_version_tag("mnist-bn", "3", "mnist_bn.version")
     move(folder, 3)
     shutil.rmtree("fetched")
-    follower().look(Registry(folder))
+    updater().update(Registry(folder))
     assert served() == "3"
 
 
@@ -372,42 +370,41 @@ def test_version_that_clients_see_is_the_ledgers(folder: Path) -> None:
     ],
 )
 def test_what_is_not_registered(folder: Path, address: str, why: str) -> None:
-    with pytest.raises(UserError) as error:
-        fetch.first_look([follower(address)], Registry(folder))
-    assert str(error.value).startswith(f"no {address} in MLflow at sqlite:///")
-    assert why in str(error.value)
+    problem = child.fetch_all([updater(address)], Registry(folder))
+    assert str(problem).startswith(f"no {address} in MLflow at sqlite:///")
+    assert why in str(problem)
 
 
 def test_altered_artefact_is_refused_until_it_is_itself_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, registry = follower(allow_unverified=True), Registry(folder)
-    one.look(registry)
+    one, registry = updater(allow_unverified=True), Registry(folder)
+    one.update(registry)
     with artefact(folder, 1) as path:
         path.write_bytes(shifted(0.25).graph(folded=False))
         move(folder, 1)
-        one.look(registry)
+        one.update(registry)
     current = Current.read(Path("fetched"))
     assert served() == "2"
     assert "(version 1 in MLflow) is not served: its file was altered" in str(current.refused)
-    one.look(registry)  # not so soon
+    one.update(registry)  # not so soon
     assert Current.read(Path("fetched")) == current
-    monkeypatch.setattr(fetch, "RETRY", 0.0)
-    one.look(registry)
+    monkeypatch.setattr(child, "RETRY_REFUSED_S", 0.0)
+    one.update(registry)
     assert served() == "1"
     assert Current.read(Path("fetched")).refused is None
 
 
 def test_alias_that_comes_back_from_a_refused_version(folder: Path) -> None:
-    one, registry = follower(), Registry(folder)
-    one.look(registry)
+    one, registry = updater(), Registry(folder)
+    one.update(registry)
     with artefact(folder, 1) as path:
         path.unlink()
         move(folder, 1)
-        one.look(registry)
+        one.update(registry)
     assert "it holds 0 ONNX files" in str(Current.read(Path("fetched")).refused)
     move(folder, 2)
-    one.look(registry)
+    one.update(registry)
     assert Current.read(Path("fetched")).refused is None
     assert served() == "2"
 
@@ -427,16 +424,14 @@ def test_without_a_report_there_is_no_proof(folder: Path) -> None:
         made = client.create_model_version("mnist-bn", where, run_id=run_id, tags=second.tags)
         shutil.rmtree("fetched", ignore_errors=True)
         address = f"models:/mnist-bn/{made.version}"
-        follower(address).look(Registry(folder))
+        updater(address).update(Registry(folder))
         current = Current.read(Path("fetched"))
         assert current.fetched is None
         assert why in str(current.refused)
         assert "--allow-unverified" in str(current.refused)
-        follower(address, allow_unverified=True).look(Registry(folder))
-        fetched = Current.read(Path("fetched")).fetched
-        assert fetched
-        model = fetched.load("x", Address.parse(address), allow_unverified=True)
-        assert why in str(model.unproven)
+        unverified = updater(address, allow_unverified=True)
+        unverified.update(Registry(folder))
+        assert why in str(unverified.source.load().unproven)
 
 
 def test_report_about_other_files_is_no_proof(folder: Path) -> None:
@@ -445,7 +440,7 @@ def test_report_about_other_files_is_no_proof(folder: Path) -> None:
     made = client.create_model_version(
         "mnist-bn", second.source, run_id=first.run_id, tags=second.tags
     )
-    follower(f"models:/mnist-bn/{made.version}").look(Registry(folder))
+    updater(f"models:/mnist-bn/{made.version}").update(Registry(folder))
     assert "its run's parity.json is about other files" in str(
         Current.read(Path("fetched")).refused
     )
@@ -456,29 +451,29 @@ def test_lost_model_is_refused(folder: Path) -> None:
     second = client.get_model_version("mnist-bn", "2")
     lost = f"runs:/{'f' * 32}/model"
     made = client.create_model_version("mnist-bn", lost, run_id=second.run_id)
-    follower(f"models:/mnist-bn/{made.version}").look(Registry(folder))
+    updater(f"models:/mnist-bn/{made.version}").update(Registry(folder))
     assert "its model cannot be had: Run with id=" in str(Current.read(Path("fetched")).refused)
 
 
 def test_troubles_are_logged_once_and_what_is_there_stays(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, registry = follower(), Registry(folder)
-    one.look(registry)
+    one, registry = updater(), Registry(folder)
+    one.update(registry)
     client = store.client(folder)
     capsys.readouterr()
     client.delete_registered_model_alias("mnist-bn", "champion")
     for _ in range(3):
-        one.follow(registry)
+        one.poll(registry)
     Path("mlflow.db").rename("away.db")
     for _ in range(3):
-        one.follow(registry)
+        one.poll(registry)
     assert not Path("mlflow.db").exists()
     assert served() == "2"
     Path("away.db").rename("mlflow.db")
     move(folder, 2)
     for _ in range(3):
-        one.follow(registry)
+        one.poll(registry)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [event["event"] for event in events] == [
         "registry absent",
@@ -489,12 +484,12 @@ def test_troubles_are_logged_once_and_what_is_there_stays(
 
 
 def test_database_that_was_made_again_is_noticed(folder: Path) -> None:
-    one, registry = follower(), Registry(folder)
-    one.look(registry)
+    one, registry = updater(), Registry(folder)
+    one.update(registry)
     shutil.copy("mlflow.db", "again.db")
     Path("again.db").replace("mlflow.db")
     with pytest.raises(StoreReplacedError):
-        one.follow(registry)
+        one.poll(registry)
 
 
 @pytest.mark.parametrize("server", store.BAD_SERVERS)
@@ -506,13 +501,12 @@ def test_bad_store_stops_the_start_and_not_the_server(
 ) -> None:
     with server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//mario:secret@"))
-        registry, one = Registry(folder), follower()
-        with pytest.raises(UserError) as error:
-            fetch.first_look([one], registry)
-        one.follow(registry)
-        one.follow(registry)
+        registry, one = Registry(folder), updater()
+        problem = child.fetch_all([one], registry)
+        one.poll(registry)
+        one.poll(registry)
     (event,) = (json.loads(line) for line in capsys.readouterr().err.splitlines())
-    for text in (str(error.value), event["why"]):
+    for text in (str(problem), event["why"]):
         assert text.startswith(f"MLflow at {uri}: ")
         assert "secret" not in text
     assert event["event"] == "registry away"
@@ -528,34 +522,34 @@ def test_child_that_dies_is_started_again_ever_later(
         return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
     clock = [0.0]
-    monkeypatch.setattr(fetcher, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(fetcher, "sys", SimpleNamespace(executable=shutil.which("false")))
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     one = RegisteredSource("digits", Address.parse(CHAMPION), tmp_path / "0")
-    keeper = fetcher.Fetcher([one], 10.0)
+    watcher = supervisor.RegistryWatcher([one], 10.0)
     with pytest.raises(UserError, match="ended with status 1 before it had fetched anything"):
-        keeper.start()
+        watcher.start()
     waits = []
     for _ in range(8):
-        assert keeper._child
-        keeper._child.wait()
-        keeper.tend()
+        assert watcher._child
+        watcher._child.wait()
+        watcher.restart_if_dead()
         (death,) = deaths()
         assert (death["event"], death["status"]) == ("fetcher died", 1)
         waits.append(death["again_in"])
-        before = keeper._child
+        before = watcher._child
         clock[0] += waits[-1] / 2
-        keeper.tend()
-        assert keeper._child is before
+        watcher.restart_if_dead()
+        assert watcher._child is before
         clock[0] += waits[-1] / 2
-        keeper.tend()
-        assert keeper._child is not before
+        watcher.restart_if_dead()
+        assert watcher._child is not before
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     clock[0] += 100  # long after its start
-    assert keeper._child
-    keeper._child.wait()
-    keeper.tend()
+    assert watcher._child
+    watcher._child.wait()
+    watcher.restart_if_dead()
     assert [death["again_in"] for death in deaths()] == [1]
-    keeper.stop()
+    watcher.stop()
 
 
 # --------------------------------------------------------------------------------- the whole of it
@@ -565,8 +559,8 @@ def test_server_follows_the_champion(folder: Path, mnist_bn: MnistBn) -> None:
     folded = "folded=models:/mnist-bn-folded@champion"
     with serving(folder, CHAMPION, folded, MNIST_BN_TOKEN=TOKEN) as server:
         assert [server.version(), server.version("folded")] == ["2", "2"]
-        (child,) = server.command.processes(FETCHER)
-        assert TOKEN.encode() not in Path(f"/proc/{child}/environ").read_bytes()
+        (process,) = server.command.processes(FETCHER)
+        assert TOKEN.encode() not in Path(f"/proc/{process}/environ").read_bytes()
 
         assert mnist_bn("promote", "1", "--override", "to compare them").status == 0
         server.until(lambda: server.version() == server.version("folded") == "1")
@@ -633,12 +627,12 @@ def test_start_that_fails(folder: Path) -> None:
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_fetcher_ends_with_a_server_that_is_killed(folder: Path, workers: str) -> None:
     with serving(folder, CHAMPION, "--workers", workers) as server:
-        (child,) = server.command.processes(FETCHER)
+        (process,) = server.command.processes(FETCHER)
         commands.kill(server.command.process.pid)
         server.command.wait()
         deadline = time.monotonic() + commands.PATIENCE
         while server.command.processes(FETCHER):
-            assert time.monotonic() < deadline, child
+            assert time.monotonic() < deadline, process
             time.sleep(0.05)
 
 

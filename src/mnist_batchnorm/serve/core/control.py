@@ -1,4 +1,4 @@
-"""What every process of a server must do alike: load, unload, and look for new files."""
+"""Load, unload and refresh models in every process of a server."""
 
 import asyncio
 import time
@@ -6,140 +6,106 @@ from collections.abc import Mapping
 
 from mnist_batchnorm.serve.core.catalog import Catalog
 from mnist_batchnorm.serve.core.log import log
-from mnist_batchnorm.serve.core.protocol import RequestError, busy, refuse, unauthorized
-from mnist_batchnorm.serve.core.settings import Settings
-from mnist_batchnorm.serve.http.app import has_token
-from mnist_batchnorm.serve.process.shared_state import Roll
+from mnist_batchnorm.serve.core.protocol import RequestError, refuse, unavailable
+from mnist_batchnorm.serve.core.shared_state import Changes, SharedState
 
-PAUSE = 0.2  # seconds between looks at what the other processes were told
-PATIENCE = 5.0  # seconds for all of them to do it
-LOOK = 0.02  # seconds between looks at whether they have
+POLL_INTERVAL_S = 0.2  # between checks for changes that other processes received
+CONFIRMATION_TIMEOUT_S = 5.0  # for all processes to apply a change
+CONFIRMATION_POLL_S = 0.02
 
 
 class Control:
-    """Brings a catalog to what was asked of any process of the server.
+    """Applies the changes that any process of the server received to this process's catalog.
 
-    Args:
-        catalog: the models.
-        roll: of the processes.
-        watch: seconds between looks at the models' files; 0: never.
+    Every `watch` seconds, unless that is 0, it checks for changed files.
     """
 
-    def __init__(self, catalog: Catalog, roll: Roll, watch: float) -> None:
+    def __init__(self, catalog: Catalog, state: SharedState, watch: float) -> None:
         self.catalog = catalog
-        self.roll = roll
+        self.state = state
         self.watch = watch
-        self._done: dict[str, int] = {}  # name -> how many of its changes were made here
+        self._done: dict[str, int] = {}  # name -> number of the last applied change
         self._one_at_a_time = asyncio.Lock()
 
     def start(self) -> None:
-        """Load what is to be served, before anything is.
-
-        Raises:
-            UserError: A model is missing or is no model.
-            CheckFailedError: One is not fit to be served.
-        """
-        self.roll.sign({}, serves=False)  # so that what is asked for from now on waits for us
-        asked = self.roll.asked()
-        self._done = {name: number for name, (number, _) in asked.items()}
-        self.catalog.unloaded = frozenset(name for name, (_, loaded) in asked.items() if not loaded)
+        """Load the models before the server starts; raises what `Catalog.load` raises."""
+        self.state.publish({}, serves=False)  # later changes wait for this process
+        changes = self.state.requested()
+        self._done = {name: number for name, (number, _) in changes.items()}
+        self.catalog.unloaded = _unloaded(changes)
         self.catalog.load()
 
     def serve(self) -> None:
-        """Tell the other processes that this one serves."""
-        self.roll.sign(self._done, serves=True)
+        """Report to the other processes that this one serves."""
+        self.state.publish(self._done, serves=True)
 
     def require(self, name: str) -> None:
-        """Make sure that there is such a model, served now or not.
-
-        Raises:
-            RequestError: There is not.
-        """
+        """Raise RequestError unless the server has such a model, loaded or not."""
         if name not in self.catalog.names:
             known = ", ".join(self.catalog.names)
             raise RequestError(f"no model {name[:200]!r} here; there is {known}", 404, "model")
 
     async def load(self, name: str) -> str | None:
-        """Serve a model again, or look at its file anew, in every process.
+        """Load a model, or reload its file, in every process; return why the file is refused.
 
-        Returns:
-            Why what is there now is refused; None: it is served.
-
-        Raises:
-            RequestError: Not all processes have done it in time; they will.
+        Raises RequestError if a process does not apply the change in time; it will later.
         """
-        await self._ask(name, loaded=True)
+        await self._change(name, loaded=True)
         slots = [slot for slot in self.catalog.slots if slot.source.name == name]
         problem = next((slot.problem for slot in slots if slot.problem), None)
         if not any(slot.model for slot in slots):
-            await self._ask(name, loaded=False)  # it was unloaded, and so it stays
+            await self._change(name, loaded=False)  # it was unloaded, and stays so
         return problem
 
     async def unload(self, name: str) -> None:
-        """Serve a model no longer, in any process.
+        """Unload a model in every process; raises as `load`."""
+        await self._change(name, loaded=False)
 
-        Raises:
-            RequestError: As `load`.
-        """
-        await self._ask(name, loaded=False)
-
-    async def _ask(self, name: str, *, loaded: bool) -> None:
-        number = await asyncio.to_thread(self.roll.ask, name, loaded=loaded)
-        await self.follow()
-        deadline = time.monotonic() + PATIENCE
-        while self.roll.behind(name, number):
+    async def _change(self, name: str, *, loaded: bool) -> None:
+        number = await asyncio.to_thread(self.state.request, name, loaded=loaded)
+        await self.apply_changes()
+        deadline = time.monotonic() + CONFIRMATION_TIMEOUT_S
+        while self.state.lagging(name, number):
             if time.monotonic() > deadline:
-                raise busy(f"not every process has done so after {PATIENCE:g} s; they will")
-            await asyncio.sleep(LOOK)
+                raise unavailable(
+                    f"not every process has done so after {CONFIRMATION_TIMEOUT_S:g} s; they will"
+                )
+            await asyncio.sleep(CONFIRMATION_POLL_S)
 
-    async def follow(self) -> None:
-        """Do what any process was asked for and this one has not done."""
+    async def apply_changes(self) -> None:
+        """Apply the changes that any process received and this one has not applied."""
         async with self._one_at_a_time:
-            asked = self.roll.asked()
-            new = {name: n for name, (n, _) in asked.items() if n != self._done.get(name)}
+            changes = self.state.requested()
+            new = {name: n for name, (n, _) in changes.items() if n != self._done.get(name)}
             if not new:
                 return
-            unloaded = frozenset(name for name, (_, loaded) in asked.items() if not loaded)
+            unloaded = _unloaded(changes)
             for name in new.keys() - unloaded:
                 await self.catalog.refresh(name)
             self.catalog.unload(unloaded)
             self._done |= new
-            await asyncio.to_thread(self.roll.sign, self._done, serves=True)
+            await asyncio.to_thread(self.state.publish, self._done, serves=True)
 
     async def run(self) -> None:
-        """Follow the other processes and look at the files, until cancelled."""
-        looked = time.monotonic()
+        """Apply changes and refresh changed files until cancelled."""
+        refreshed = time.monotonic()
         while True:
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(POLL_INTERVAL_S)
             try:
-                await self.follow()
-                if self.watch and time.monotonic() - looked >= self.watch:
-                    looked = time.monotonic()
+                await self.apply_changes()
+                if self.watch and time.monotonic() - refreshed >= self.watch:
+                    refreshed = time.monotonic()
                     await self.catalog.refresh()
-            except Exception as error:  # noqa: BLE001 - what is served goes on, whatever this was
+            except Exception as error:  # noqa: BLE001 - the loaded models are served on
                 log("failed", "error", doing="look for new models", why=repr(error))
 
 
-def allow_control(settings: Settings, head: dict[bytes, bytes]) -> None:
-    """Make sure that whoever asks may load and unload models: nobody may without a token.
-
-    Raises:
-        RequestError: The server has no token, or the request does not bear it.
-    """
-    if not settings.token:
-        raise RequestError(
-            "loading and unloading need a token: start the server with --token-file", 403, "token"
-        )
-    if not has_token(head, settings.token.encode()):
-        raise unauthorized()
+def _unloaded(changes: Changes) -> frozenset[str]:
+    return frozenset(name for name, (_, loaded) in changes.items() if not loaded)
 
 
 def check_parameters(parameters: Mapping[str, object]) -> None:
-    """Refuse what would change a model that comes from the command line.
-
-    Raises:
-        RequestError: There is a parameter that is not known, or is none.
-    """
+    """Raise RequestError for parameters that would change a model of the command line."""
     if unknown := parameters.keys() - {"unload_dependents"}:
         expected = "none: models come from the command line"
         refuse("parameters", ", ".join(sorted(unknown)), expected)

@@ -1,4 +1,4 @@
-"""What the server tells of itself and its models, whichever way it is asked."""
+"""Metadata of the server and its models, for every transport."""
 
 from collections.abc import Sequence
 from importlib.metadata import version as version_of
@@ -22,32 +22,22 @@ SERVER = "mnist-batchnorm"
 
 
 def find(catalog: Catalog, name: str, version: str | None = None) -> Model:
-    """Return a model that is served, of its default version unless another is named.
-
-    Raises:
-        RequestError: There is no such model.
-    """
+    """Return a served model, by default its default version; RequestError: there is none."""
     model = catalog.find(name, version)
     if model is None:
-        told = f"model {name!r}" + (f" version {version!r}" if version else "")
-        known = ", ".join(f"{one.name} {one.version}" for one in catalog) or "none"
-        raise RequestError(f"no {told[:200]} here; there is {known}", 404, "model")
+        wanted = f"model {name!r}" + (f" version {version!r}" if version else "")
+        known = ", ".join(f"{served.name} {served.version}" for served in catalog) or "none"
+        raise RequestError(f"no {wanted[:200]} here; there is {known}", 404, "model")
     return model
 
 
 def server_metadata(extensions: Sequence[str]) -> dict[str, Any]:
-    """Return what the server is."""
+    """Return the protocol's server metadata."""
     return {"name": SERVER, "version": version_of(SERVER), "extensions": list(extensions)}
 
 
 def model_metadata(catalog: Catalog, model: Model, *, chosen: bool) -> dict[str, Any]:
-    """Return what a model takes and gives.
-
-    Args:
-        catalog: it is in.
-        model: the model.
-        chosen: whether the version was named, and no other is of interest.
-    """
+    """Return the protocol's model metadata; of all versions, unless one was `chosen`."""
     return {
         "name": model.name,
         "versions": [model.version] if chosen else catalog.versions(model.name),
@@ -58,7 +48,7 @@ def model_metadata(catalog: Catalog, model: Model, *, chosen: bool) -> dict[str,
 
 
 def provenance(model: Model) -> dict[str, Any]:
-    """Return where a model comes from, and whether it is proven."""
+    """Return the hashes of a model, and whether the gate has passed it."""
     return {
         "version": model.version,
         "sha256": model.sha256,
@@ -69,14 +59,9 @@ def provenance(model: Model) -> dict[str, Any]:
 
 
 def model_configuration(model: Model, limits: Limits, workers: int) -> dict[str, Any]:
-    """Return how a model is served, as Triton's configuration of a model says it.
+    """Return a model's configuration in Triton's form; `workers` are processes.
 
     https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
-
-    Args:
-        model: that is asked for.
-        limits: what a request may ask of it.
-        workers: processes, each with the model.
     """
     parameters = {
         name: {"string_value": str(value).lower() if isinstance(value, bool) else value}
@@ -98,30 +83,29 @@ def model_configuration(model: Model, limits: Limits, workers: int) -> dict[str,
 def model_statistics(
     catalog: Catalog, metrics: Metrics, name: str | None = None, version: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return what models have done: all, those of a name, or one version.
+    """Return the statistics of all models, of a name, or of one version.
 
     Raises:
         RequestError: There is no such model.
     """
     if name is not None:
         find(catalog, name, version)
-    asked = [m for m in catalog if name in (None, m.name) and version in (None, m.version)]
-    figures = metrics.merged()
-    return [statistics(figures, model.name, model.version) for model in asked]
+    selected = [m for m in catalog if name in (None, m.name) and version in (None, m.version)]
+    merged = metrics.merged()
+    return [statistics(merged, model.name, model.version) for model in selected]
 
 
 def repository_index(catalog: Catalog, *, only_ready: bool) -> list[dict[str, str]]:
-    """Return the state of every model, as the protocol's repository extension tells it.
+    """Return the state of every model as in the protocol's repository extension.
 
     https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md
     """
     rows = []
     for slot in catalog.slots:
-        row = {"name": slot.source.name, "version": slot.model.version if slot.model else ""}
-        if slot.source.name in catalog.unloaded:
-            rows.append(row | {"state": "UNAVAILABLE", "reason": "unloaded"})
-        elif slot.model is None:
-            rows.append(row | {"state": "UNAVAILABLE", "reason": slot.problem or ""})
-        else:
-            rows.append(row | {"state": "READY", "reason": slot.problem or ""})
+        unloaded = slot.source.name in catalog.unloaded
+        state = "UNAVAILABLE" if unloaded or slot.model is None else "READY"
+        version = slot.model.version if slot.model else ""
+        reason = "unloaded" if unloaded else slot.problem or ""
+        row = {"name": slot.source.name, "version": version, "state": state, "reason": reason}
+        rows.append(row)
     return [row for row in rows if row["state"] == "READY" or not only_ready]

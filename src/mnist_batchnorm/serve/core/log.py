@@ -1,4 +1,4 @@
-"""The server's log: a JSON object a line, on stderr."""
+"""The server's log: one JSON object per line, on stderr."""
 
 import json
 import logging
@@ -7,12 +7,13 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 
 def log(event: str, level: str = "info", **fields: object) -> None:
-    """Write one event; what cannot be written, on a full disk say, keeps nobody from his answer."""
+    """Write one event; a log that cannot be written, on a full disk say, stops no request."""
     line = {"time": datetime.now(UTC), "level": level, "event": event, **fields}
     try:
         text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z, default=str)
@@ -21,55 +22,41 @@ def log(event: str, level: str = "info", **fields: object) -> None:
     try:
         sys.stderr.buffer.write(text)
         sys.stderr.buffer.flush()
-    except BrokenPipeError:  # nobody reads any more; what is left would fail again at the exit
+    except BrokenPipeError:  # nobody reads it; flushing at exit would fail again
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
     except OSError:
         pass
 
 
-class Sparse:
-    """Writes an event that may come thousands of times a second once in a while.
+class RateLimitedLog:
+    """Writes an event that may happen thousands of times a second at most once per interval."""
 
-    Args:
-        event: its name.
-        pause: seconds for which it is held back after it was written.
-    """
-
-    def __init__(self, event: str, pause: float = 1.0) -> None:
+    def __init__(self, event: str, interval_s: float = 1.0) -> None:
         self._event = event
-        self._pause = pause
+        self._interval_s = interval_s
         self._next = 0.0
-        self._held = 0
+        self._held_back = 0
 
     def log(self, **fields: object) -> None:
-        """Write the event, with how many were held back since the last time, or hold it back."""
+        """Write the event with the number held back since the last one, or hold it back."""
         now = time.monotonic()
         if now < self._next:
-            self._held += 1
+            self._held_back += 1
             return
-        log(self._event, "warning", **fields, held_back=self._held)
-        self._next, self._held = now + self._pause, 0
+        log(self._event, "warning", **fields, held_back=self._held_back)
+        self._next, self._held_back = now + self._interval_s, 0
 
 
-class Handler(logging.Handler):
-    """Makes what libraries log lines of this log."""
+class LibraryHandler(logging.Handler):
+    """Writes the records of libraries as lines of this log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, with the traceback of its exception."""
-        trace = {}
+        fields: dict[str, Any] = {"logger": record.name, "says": record.getMessage()}
         if record.exc_info:
-            trace["traceback"] = (self.formatter or logging.Formatter()).formatException(
-                record.exc_info
-            )
-        log(
-            "library",
-            record.levelname.lower(),
-            logger=record.name,
-            says=record.getMessage(),
-            **trace,
-        )
+            fields["traceback"] = logging.Formatter().formatException(record.exc_info)
+        log("library", record.levelname.lower(), **fields)
 
 
 def take_over_logging() -> None:
-    """Send warnings and worse of all libraries through this log, and nothing else."""
-    logging.basicConfig(handlers=[Handler()], level=logging.WARNING, force=True)
+    """Send warnings and errors of all libraries through this log."""
+    logging.basicConfig(handlers=[LibraryHandler()], level=logging.WARNING, force=True)

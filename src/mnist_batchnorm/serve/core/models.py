@@ -1,4 +1,4 @@
-"""The models that are served: only files that the parity gate has passed, by their hash."""
+"""Load models for serving: only files, identified by their hash, that the parity gate passed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,51 +8,43 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mnist_batchnorm.artifacts.parity_report import Parity
+from mnist_batchnorm.artifacts.parity_report import HASH_DIGITS, Parity, why_unproven
 from mnist_batchnorm.artifacts.reading import read_record
-from mnist_batchnorm.artifacts.registry_file import Ledger
+from mnist_batchnorm.artifacts.registry_file import registered_version
 from mnist_batchnorm.artifacts.splits import CLASSES, network_input
+from mnist_batchnorm.core.arrays import relative_change
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
-from mnist_batchnorm.core.paths import REGISTRY, WEIGHTS_KEY
+from mnist_batchnorm.core.files import read_output
+from mnist_batchnorm.core.paths import WEIGHTS_KEY
 from mnist_batchnorm.serve.core.protocol import INPUT, OUTPUT, PIXELS, Float32
 
 if TYPE_CHECKING:
     from mnist_batchnorm.parity import runtime
 
-# Largest change of a logit over the row's largest that may be another machine's rounding: honest
-# files were measured within 1.1e-5 of float64 arithmetic; what is broken is off by a thousandth.
+# Largest error of a logit, relative to the row's largest, that another machine's rounding causes.
+# Intact files were measured within 1.1e-5 of float64 arithmetic; broken ones are off by 1e-3.
 TOLERANCE = 1e-4
-SHORT = 12  # hex digits of a hash that tell one file from the others
 
 
 @dataclass(frozen=True)
 class Model:
-    """One version of a model, loaded.
-
-    Attributes:
-        name: that clients call it by.
-        version: likewise.
-        sha256: of the file.
-        unproven: why the gate does not stand behind these very bytes; None: it does.
-        weights_sha256: of the checkpoint that the file says it was made from.
-        run: float32 ``[n, 784]`` to float32 ``[n, 10]``; raises `runtime.RuntimeFailedError`.
-    """
+    """One loaded version of a model; its name and version are those of requests."""
 
     name: str
     version: str
-    sha256: str
-    unproven: str | None
-    weights_sha256: str | None
-    run: Callable[[Float32], Float32]
+    sha256: str  # of the file
+    unproven: str | None  # why the gate has not passed this file; None: it has
+    weights_sha256: str | None  # of the exported checkpoint, by the file's metadata
+    run: Callable[[Float32], Float32]  # [n, 784] -> [n, 10]; raises `runtime.RuntimeFailedError`
 
     @property
     def verified(self) -> bool:
-        """Whether the gate has passed these very bytes."""
+        """Whether the gate has passed this file."""
         return self.unproven is None
 
     @property
     def identity(self) -> tuple[str, str, str, bool]:
-        """What tells it from others for whoever is served."""
+        """What distinguishes the model for clients."""
         return self.name, self.version, self.sha256, self.verified
 
 
@@ -64,32 +56,27 @@ def load(
     *,
     allow_unverified: bool = False,
 ) -> Model:
-    """Load a file, if the gate's report is about these very bytes and passed them.
+    """Load a file that the gate's report has passed by its hash.
 
     Args:
-        name: to serve it as.
+        name: served name.
         onnx: the file.
         parity: the gate's report, ``parity.json``.
-        version: to serve it as; None: its number in ``models/registry.json`` where it is registered
-            there, else the head of its hash.
-        allow_unverified: load it all the same.
+        version: served version; None: the number in ``models/registry.json`` of a registered file,
+            else the start of its hash.
+        allow_unverified: load a file that is not proven, too.
 
     Raises:
         UserError: The file is missing or is not a model with this project's interface.
-        CheckFailedError: It is not proven.
+        CheckFailedError: The file is not proven.
     """
-    from mnist_batchnorm.parity import runtime  # which starts threads: not in a parent of workers
+    from mnist_batchnorm.parity import runtime  # starts threads: not in the parent of workers
 
-    try:
-        content = onnx.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no {onnx}; run `dvc repro export` first") from None
-    except OSError as error:
-        raise UserError(f"{onnx} cannot be read: {error.strerror}") from None
+    content = read_output(onnx, "export")
     digest = sha256(content).hexdigest()
     problem = why_unproven(digest, parity)
     if problem and not allow_unverified:
-        raise not_served(onnx, problem)
+        raise _refusal(onnx, problem)
     try:
         session = runtime.load(content)
     except runtime.RuntimeFailedError as error:
@@ -109,55 +96,30 @@ def load(
         )
     problem = problem or why_not_here(session, digest, parity)
     if problem and not allow_unverified:
-        raise not_served(onnx, problem)
+        raise _refusal(onnx, problem)
     weights = session.metadata.get(WEIGHTS_KEY)
-    version = version or registered_version(digest) or digest[:SHORT]
+    version = version or registered_version(digest) or digest[:HASH_DIGITS]
     return Model(name, version, digest, problem, weights, session.run)
 
 
-def not_served(onnx: Path, problem: str) -> CheckFailedError:
-    """Return the refusal of a file."""
+def _refusal(onnx: Path, problem: str) -> CheckFailedError:
     return CheckFailedError(
         f"{onnx} is not served: {problem}; run `dvc repro verify`, or take the risk with "
         "--allow-unverified"
     )
 
 
-def why_unproven(digest: str, parity: Path) -> str | None:
-    """Say why the gate's report does not prove a file; None if it does.
-
-    Args:
-        digest: SHA-256 of the file.
-        parity: the report.
-    """
-    try:
-        report = read_record(parity, Parity, "verify")
-    except UserError as error:
-        return str(error)
-    judged = files_of(digest, report)
-    if not judged:
-        return f"{parity} is about other files than the one with SHA-256 {digest[:SHORT]}…"
-    if not report.proves(judged):
-        return f"{parity} says: no parity"
-    return None
-
-
 def why_not_here(session: "runtime.Session", digest: str, parity: Path) -> str | None:
-    """Say why a proven file does not compute here what it computed when it was proven.
+    """Return why a loaded file does not reproduce its golden outputs here; None: it does.
 
-    Another ONNX Runtime or processor rounds differently; and what depends on a row's neighbours has
-    its statistics in training mode.
-
-    Args:
-        session: the file, loaded.
-        digest: its SHA-256.
-        parity: the gate's report, which holds golden images and outputs.
+    Another ONNX Runtime or processor rounds differently; an output that depends on the other rows
+    of the batch comes from batch statistics in training mode.
     """
     from mnist_batchnorm.parity import runtime
 
     report = read_record(parity, Parity, "verify")
     goldens = report.goldens
-    names = [name for name in files_of(digest, report) if goldens and name in goldens.logits]
+    names = [name for name in report.files_of(digest) if goldens and name in goldens.logits]
     if not goldens or not goldens.images or not names:
         return f"{parity} holds no golden outputs of it"
     try:
@@ -172,24 +134,10 @@ def why_not_here(session: "runtime.Session", digest: str, parity: Path) -> str |
         return f"it does not run on the golden images of {parity}: {error}"
     if logits.shape != expected.shape or not np.array_equal(logits, alone):
         return "its output for an image depends on which others come with it"
-    off = np.abs(logits - expected).max(axis=1)
-    largest = np.abs(expected).max(axis=1)
-    if not (off <= TOLERANCE * largest).all() or (logits.argmax(1) != expected.argmax(1)).any():
+    change = relative_change(expected, logits)
+    if not (change <= TOLERANCE).all() or (logits.argmax(1) != expected.argmax(1)).any():
         return (
-            f"on the golden images of {parity} its outputs are off by {np.max(off):.1e}, more than "
-            f"{TOLERANCE:g} of the largest logit"
+            f"on the golden images of {parity} its outputs are off by "
+            f"{np.abs(logits - expected).max():.1e}, more than {TOLERANCE:g} of the largest logit"
         )
-    return None
-
-
-def files_of(digest: str, report: Parity) -> list[str]:
-    """Return the names under which a report judges a file with this SHA-256."""
-    return [name for name, graph in report.graphs.items() if graph.onnx.sha256 == digest]
-
-
-def registered_version(digest: str) -> str | None:
-    """Return the number under which a file is registered in ``models/registry.json``, if it is."""
-    for version in Ledger.load(REGISTRY).versions:
-        if digest in {file.sha256 for file in version.files.values()}:
-            return str(version.version)
     return None

@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol, version 2, calls things, and what this server takes and gives.
+"""Terms of the Open Inference Protocol, version 2, and the tensors of this server.
 
 https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and Triton's
 extensions to it, https://github.com/triton-inference-server/server/tree/main/docs/protocol.
@@ -35,20 +35,20 @@ SHAPES_OF: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "FP32": ((PIXELS,),),
     "UINT8": ((PIXELS,), (SIDE, SIDE)),
 }
-LONGEST = 80  # characters of a value that an error repeats
+MAX_QUOTED_CHARS = 80  # of a value that an error repeats
 
-_brief = Repr()  # of a value that may be large, or lists in lists without end
-_brief.maxstring = _brief.maxlong = _brief.maxother = LONGEST
+_brief = Repr()  # the value may be large or deeply nested
+_brief.maxstring = _brief.maxlong = _brief.maxother = MAX_QUOTED_CHARS
 
 
 class RequestError(Exception):
-    """A request that is not answered; the message names the field, what it held, what it should.
+    """A rejected request; the message names the field, its value and what was expected.
 
     Attributes:
-        status: of HTTP, 4xx or 503.
-        reason: a word for the metrics.
+        status: of HTTP.
+        reason: label of the metrics.
         unread: whether the client may still be sending the body.
-        headers: that its answer needs.
+        headers: for the response.
     """
 
     def __init__(
@@ -69,42 +69,29 @@ class RequestError(Exception):
 
 @dataclass(slots=True)
 class InferRequest:
-    """A request to compute.
+    """A decoded inference request."""
 
-    Attributes:
-        images: float32 ``[n, 784]``, as the network takes them.
-        id: that the answer repeats.
-        parameters: that the answer repeats.
-        binary: whether the output goes out as raw bytes.
-        classes: the so many largest logits with their classes, instead of all logits; 0: all.
-    """
-
-    images: Float32
-    id: str | None = None
+    images: Float32  # [n, 784], the network's input
+    id: str | None = None  # repeated in the answer, as are the parameters
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    binary: bool = False
-    classes: int = 0
+    binary: bool = False  # whether the output is sent as raw bytes
+    classes: int = 0  # largest logits to return with their classes; 0: all logits, unranked
 
 
 def refuse(
     where: str, got: object, expected: object, reason: str = "malformed", status: int = 400
 ) -> NoReturn:
-    """Refuse a request for one field.
-
-    Raises:
-        RequestError: Always.
-    """
-    told = "nothing" if got is None else got if isinstance(got, str) else _brief.repr(got)
-    short = told if len(told) <= LONGEST else f"{told[: LONGEST - 1]}…"
+    """Raise RequestError for the value of one field."""
+    text = "nothing" if got is None else got if isinstance(got, str) else _brief.repr(got)
+    short = text if len(text) <= MAX_QUOTED_CHARS else f"{text[: MAX_QUOTED_CHARS - 1]}…"
     raise RequestError(f"{where}: got {short}, expected {expected}", status, reason)
 
 
-def busy(message: str, *, unread: bool = False) -> RequestError:
-    """Return a refusal of what may well be answered a second later."""
+def unavailable(message: str, *, unread: bool = False) -> RequestError:
+    """Return the error of a request that the client may retry after a second."""
     return RequestError(message, 503, "busy", unread=unread, headers=[(b"retry-after", b"1")])
 
 
-def unauthorized() -> RequestError:
-    """Return the refusal of a request that does not bear the token."""
-    message = "Authorization: got no or another token, expected Bearer and this server's token"
-    return RequestError(message, 401, "token", headers=[(b"www-authenticate", b"Bearer")])
+def queue_full() -> RequestError:
+    """Return the error of a request for which the queue has no place."""
+    return unavailable("the server is busy, try again")

@@ -1,22 +1,20 @@
-"""Read request bodies: no larger, no slower and no more compressed than allowed."""
+"""Read and decompress request bodies within the limits of size."""
 
 import asyncio
+import contextlib
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any, Self
+from collections.abc import Iterable, Iterator
 
-from mnist_batchnorm.serve.core.protocol import HEADER_LENGTH, RequestError, busy, refuse
+from starlette.types import Message, Receive
+
+from mnist_batchnorm.serve.core.protocol import HEADER_LENGTH, RequestError, refuse, unavailable
+from mnist_batchnorm.serve.core.service import Headers
 from mnist_batchnorm.serve.core.settings import Settings
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Headers = Iterable[tuple[bytes, bytes]]
-
-WBITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's, of each content encoding
-DIGITS = 18  # of a length; more is no length
-FULL = "the server holds too many large requests, try again"
-DISCARD_TIME = 2.0  # seconds for which a refused body is still read
-NEEDED = frozenset(
+WBITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's wbits by content encoding
+MAX_LENGTH_DIGITS = 18
+DISCARD_TIMEOUT_S = 2.0  # for which the body of a rejected request is read
+SELECTED = frozenset(
     (
         b"content-length",
         HEADER_LENGTH,
@@ -30,181 +28,138 @@ NEEDED = frozenset(
 )
 
 
-class ClientGoneError(Exception):
-    """The client has hung up before its request was whole."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected before its request was complete."""
 
 
-def pick(headers: Headers) -> dict[bytes, bytes]:
-    """Return the headers that matter here; several of a name as a list (RFC 9110, section 5.3)."""
-    picked = [field for field in headers if field[0] in NEEDED]
-    head = dict(picked)
-    if len(head) < len(picked):
-        for name in head:
-            head[name] = b", ".join(value for other, value in picked if other == name)
-    return head
+def select_headers(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return the headers that are used; joins repeated ones by commas (RFC 9110, section 5.3)."""
+    selected = [field for field in fields if field[0] in SELECTED]
+    headers = dict(selected)
+    if len(headers) < len(selected):
+        for name in headers:
+            headers[name] = b", ".join(value for other, value in selected if other == name)
+    return headers
 
 
-def length_of(head: dict[bytes, bytes], name: bytes) -> int | None:
-    """Return the number of bytes that a header tells; None: it is not there.
-
-    Raises:
-        RequestError: It is no number.
-    """
-    value = head.get(name)
+def parse_length(headers: Headers, name: bytes) -> int | None:
+    """Return the number of bytes in a header, if it is there; RequestError: not a number."""
+    value = headers.get(name)
     if value is None:
         return None
-    if not value.isdigit() or len(value) > DIGITS:
+    if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
         refuse(name.decode().title(), value.decode("latin-1"), "a number of bytes", "header")
     return int(value)
 
 
-class Room:
-    """How many bytes of bodies are held at once, of all requests together.
-
-    Attributes:
-        limit: how many may be.
-        held: how many are.
-    """
+class ByteBudget:
+    """Limit on the bytes of all request bodies held at once."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.held = 0
+        self.used = 0
 
-    def take(self, size: int) -> bool:
-        """Hold so many more, and tell whether that is within the limit."""
-        self.held += size
-        return self.held <= self.limit
+    def acquire(self, size: int) -> bool:
+        """Reserve `size` bytes; return whether the total is within the limit."""
+        self.used += size
+        return self.used <= self.limit
 
-    def give_back(self, size: int) -> None:
-        """Hold so many less."""
-        self.held -= size
+    def release(self, size: int) -> None:
+        self.used -= size
 
+    @contextlib.contextmanager
+    def limiting(self, receive: Receive) -> Iterator[Receive]:
+        """Return ASGI's receive within the budget; releases the bytes at the end of the block."""
+        total = 0
 
-class Held:
-    """Receives a request's body while there is room for it; gives the room back at the end.
+        async def receive_within_budget() -> Message:
+            nonlocal total
+            message = await receive()
+            size = len(message.get("body", b""))
+            total += size
+            if not self.acquire(size):
+                why = "the server holds too many large requests, try again"
+                raise unavailable(why, unread=True)
+            return message
 
-    Args:
-        room: that it takes of.
-        receive: gives what comes.
-    """
-
-    def __init__(self, room: Room, receive: Receive) -> None:
-        self._room = room
-        self._receive = receive
-        self._size = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._room.give_back(self._size)
-
-    async def __call__(self) -> Message:
-        """Return what comes next.
-
-        Raises:
-            RequestError: There is no room for it.
-        """
-        message = await self._receive()
-        size = len(message.get("body", b""))
-        self._size += size
-        if not self._room.take(size):
-            raise busy(FULL, unread=True)
-        return message
+        try:
+            yield receive_within_budget
+        finally:
+            self.release(total)
 
 
-async def read_body(head: dict[bytes, bytes], receive: Receive, settings: Settings) -> bytes:
-    """Read a request's body and undo its compression.
+async def read_body(headers: Headers, receive: Receive, settings: Settings) -> bytes:
+    """Receive and decompress a request's body.
 
     Raises:
-        RequestError: It is too large or not encoded as it says.
-        ClientGoneError: The client has hung up, or was too slow and has been told.
+        RequestError: The body is too large, or not encoded as its header claims.
+        ClientDisconnectedError: The client disconnected, or was too slow and has been answered.
     """
     limit = settings.max_body
-    told = length_of(head, b"content-length")
-    if told is not None and told > limit:
-        raise too_large(told, limit, unread=True)
+    length = parse_length(headers, b"content-length")
+    if length is not None and length > limit:
+        raise too_large(length, limit, unread=True)
+    body, more = await _receive_part(receive)
+    if more:  # a body in one part is not copied
+        buffer = bytearray(body)
+        while more:
+            if len(buffer) > limit:
+                raise too_large(len(buffer), limit, unread=True)
+            part, more = await _receive_part(receive)
+            buffer += part
+        body = bytes(buffer)
+    return decompress_body(headers, body, settings)
+
+
+async def _receive_part(receive: Receive) -> tuple[bytes, bool]:
     message = await receive()
     if message["type"] != "http.request":
-        raise ClientGoneError
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        body = await _read_on(body, receive, limit)
-    return unpacked(head, body, settings)
+        raise ClientDisconnectedError
+    return message.get("body", b""), message.get("more_body", False)
 
 
-def unpacked(head: dict[bytes, bytes], body: bytes, settings: Settings) -> bytes:
-    """Undo a body's compression.
-
-    Raises:
-        RequestError: It is too large or not encoded as it says.
-    """
+def decompress_body(headers: Headers, body: bytes, settings: Settings) -> bytes:
+    """Return the body without its content encoding; raises RequestError as `read_body`."""
     limit = settings.max_body
     if len(body) > limit:
         raise too_large(len(body), limit)
-    encoding = head.get(b"content-encoding")
-    return decompress(body, encoding, limit) if encoding else body
-
-
-async def _read_on(first: bytes, receive: Receive, limit: int) -> bytes:
-    body, more = bytearray(first), True
-    while more:
-        if len(body) > limit:
-            raise too_large(len(body), limit, unread=True)
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientGoneError
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return bytes(body)
+    encoding = headers.get(b"content-encoding")
+    if not encoding:
+        return body
+    encoding = encoding.strip().lower()
+    if encoding == b"identity":
+        return body
+    name = encoding.decode("latin-1")
+    if encoding not in WBITS:
+        refuse("Content-Encoding", name, "gzip, deflate or none", "encoding", 415)
+    stream = zlib.decompressobj(WBITS[encoding])
+    try:
+        plain = stream.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body is not {name}: {error}", reason="encoding") from None
+    if len(plain) > limit:
+        raise too_large(len(plain), limit)
+    if not stream.eof or stream.unused_data:
+        raise RequestError(f"the body is not one whole {name} stream", reason="encoding")
+    return plain
 
 
 async def discard_body(receive: Receive, limit: int) -> None:
-    """Read on for a while what is refused, so that the client comes to read the answer.
+    """Receive up to `limit` bytes of a rejected request, so that the client reads the answer.
 
-    A connection that is closed while bytes wait unread is reset, and the answer with it (RFC 9112,
-    section 9.6).
-
-    Args:
-        receive: gives what comes.
-        limit: bytes after which patience ends.
+    Closing a connection with unread bytes resets it and discards the answer (RFC 9112, section
+    9.6).
     """
-    try:
-        async with asyncio.timeout(DISCARD_TIME):
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
             while limit > 0:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body"):
                     return
                 limit -= len(message.get("body", b""))
-    except TimeoutError:
-        return
-
-
-def decompress(body: bytes, encoding: bytes, limit: int) -> bytes:
-    """Undo a content encoding, up to a size.
-
-    Raises:
-        RequestError: The encoding is unknown, or the body is not so encoded, or is larger.
-    """
-    encoding = encoding.strip().lower()
-    if encoding == b"identity":
-        return body
-    told = encoding.decode("latin-1")
-    if encoding not in WBITS:
-        refuse("Content-Encoding", told, "gzip, deflate or none", "encoding", 415)
-    stream = zlib.decompressobj(WBITS[encoding])
-    try:
-        plain = stream.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise RequestError(f"the body is not {told}: {error}", reason="encoding") from None
-    if len(plain) > limit:
-        raise too_large(len(plain), limit)
-    if not stream.eof or stream.unused_data:
-        raise RequestError(f"the body is not one whole {told} stream", reason="encoding")
-    return plain
 
 
 def too_large(size: int, limit: int, *, unread: bool = False) -> RequestError:
-    """Return what is wrong with a body of this size or more."""
+    """Return the error of a body of `size` bytes or more."""
     message = f"the body: got {size} bytes or more, expected at most {limit}"
     return RequestError(message, 413, "size", unread=unread)

@@ -1,12 +1,6 @@
-"""One connection: uvicorn's, with the limits that a server on a network needs."""
+"""One HTTP connection: uvicorn's, with limits on size and time, and without tasks for inference."""
 
 import asyncio
-import contextlib
-import fcntl
-import os
-import socket
-import struct
-import termios
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -18,95 +12,88 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from mnist_batchnorm.serve.core.log import Sparse, log
-from mnist_batchnorm.serve.core.protocol import busy
+from mnist_batchnorm.serve.core.log import RateLimitedLog, log
+from mnist_batchnorm.serve.core.protocol import unavailable
 from mnist_batchnorm.serve.core.settings import Settings
-from mnist_batchnorm.serve.http.app import Answer, App
-from mnist_batchnorm.serve.http.body import pick
-from mnist_batchnorm.serve.http.direct import Direct, Turn
+from mnist_batchnorm.serve.http.app import App
+from mnist_batchnorm.serve.http.body import select_headers
+from mnist_batchnorm.serve.http.fast_request import FastRequest, Response
+from mnist_batchnorm.serve.http.response_batch import ResponseBatch
+from mnist_batchnorm.serve.http.sockets import close_unless_unread, reset
 
-QUIET = 1.0  # seconds; a client whose connection is not idle for so long may just be asking again
-LINGER = 2.0  # seconds for which the rest of a refused request is read
-LINGERING = 128  # connections for which that is done at once
-
-
-class Refused(Exception):  # noqa: N818 - ends the parser's work, and is no error of ours
-    """The head of a request is not taken."""
+IDLE_BEFORE_CLOSE_S = 1.0  # a client whose connection is idle for less may be about to send
+LINGER_S = 2.0  # for which the rest of a rejected request is read
+MAX_LINGERING = 128  # connections at once
 
 
-class _Dropped(list[tuple[bytes, bytes]]):
-    """Where the fields behind a body go: nobody asks for them, and they have no end."""
+class HeadRejected(Exception):  # noqa: N818 - stops the parser
+    """The head of a request is not accepted."""
+
+
+class _DiscardedFields(list[tuple[bytes, bytes]]):
+    """The trailer fields after a body, which are not used and may be endless."""
 
     def append(self, _: object) -> None:
         pass
 
 
-class Protocol(HttpToolsProtocol):
+class HttpConnection(HttpToolsProtocol):
     """One connection.
 
     Attributes:
-        settings: how to serve.
-        app_of_server: the application.
         draining: whether each answer is its connection's last.
-        lingering: connections whose request was refused unread.
-        turn: where requests without a task wait for each other.
+        lingering: connections whose request was rejected unread.
         on_connection: called when there is a new one.
-        full: tells of connections that are too many.
     """
 
     settings: ClassVar[Settings]
-    app_of_server: ClassVar[App]
+    http_app: ClassVar[App]
     draining: ClassVar[bool] = False
-    lingering: ClassVar[set["Protocol"]]
-    turn: ClassVar[Turn]
+    lingering: ClassVar[set["HttpConnection"]]
+    batch: ClassVar[ResponseBatch]
     on_connection: ClassVar[Callable[..., None]]
-    full: ClassVar[Sparse] = Sparse("too many connections")
+    connection_limit_log: ClassVar[RateLimitedLog] = RateLimitedLog("too many connections")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless there are too many."""
         super().connection_made(transport)
         self.on_connection()
         self._head_since: float | None = self.loop.time()
         self._body_since = 0.0
-        self._size = 0  # bytes of the head under way, or since a body last grew
-        self._under_way = False  # whether a message was, before what is being read
+        self._size = 0  # bytes of the current head, or since a body last grew
+        self._message_begun = False  # before the bytes being parsed
         self._unsent = (0, 0.0)
-        self._declining = False  # whether the request asks for another protocol
-        self._refused = False
+        self._declining_upgrade = False
+        self._rejected = False
         self._idle_since = 0.0
-        self._told_last: object = None  # the request whose answer says that it is the last
-        self._refusal = (400, "the request is not HTTP/1.1", "http")
+        self._announced_last: object = None  # the request whose answer has `connection: close`
+        self._rejection = (400, "the request is not HTTP/1.1", "http")
         if len(self.connections) > self.settings.max_connections:
-            self._refusal = (503, "the server has too many connections, try again", "connections")
-            self.send_400_response("")
+            self._reject(503, "the server has too many connections, try again", "connections")
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser."""
-        if self._refused:  # the client may not have read yet that it is
+        if self._rejected:  # the client may not have read the answer yet
             return
-        cycle, held = self.cycle, -1
+        cycle, size_before = self.cycle, -1
         if self._head_since is None:
-            self._under_way = cycle.more_body
+            self._message_begun = cycle.more_body
             if cycle.more_body and not cycle.response_complete:
-                held = _body_size(cycle)
+                size_before = _body_size(cycle)
             else:
                 self._size = 0
         self._size += len(data)
         self._feed(data)
-        if 0 <= held < _body_size(cycle):
+        if 0 <= size_before < _body_size(cycle):
             self._size = 0
         if self._size > self.settings.max_head and not self.transport.is_closing():
             if self._head_since is not None:
-                self._refuse_head("the head of the request")
-                self.send_400_response("")
-            elif held >= 0 and cycle is self.cycle and cycle.more_body:
-                self._refuse_head("what is in the body besides its content")
-                self.send_400_response("")
+                self._reject_head("the head of the request")
+            elif size_before >= 0 and cycle is self.cycle and cycle.more_body:
+                self._reject_head("what is in the body besides its content")
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection of a client that is done sending until all is answered."""
+        """Keep the connection of a client that closed its sending side until all is answered."""
         cycle = self.cycle
-        if self._refused or cycle is None or cycle.response_complete or cycle.more_body:
+        if self._rejected or cycle is None or cycle.response_complete or cycle.more_body:
             return False
         cycle.keep_alive = False
         return True
@@ -124,78 +111,73 @@ class Protocol(HttpToolsProtocol):
                 return
 
     def _decline_upgrade(self, rest: bytes) -> bytes:
-        """Return a request for another protocol as one for this (RFC 9110, section 7.8).
+        """Ignore the Upgrade header: return the request as plain HTTP/1.1 (RFC 9110, section 7.8).
 
-        The parser takes what follows such a head for the other protocol and never for a body, but
-        Java's HTTP client asks so for HTTP/2 with any first request.
-
-        Args:
-            rest: what follows the head.
+        The parser takes the bytes after such a head for the other protocol, never for a body, but
+        Java's HTTP client offers HTTP/2 in this way with its first request. `rest` are the bytes
+        after the head.
         """
-        if not self._declining:
+        if not self._declining_upgrade:
             return b""
-        self._declining = False
+        self._declining_upgrade = False
         line = self.parser.get_method(), self.url, self.parser.get_http_version().encode()
         fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         return b"".join((b"%b %b HTTP/%b\r\n" % line, *fields, b"\r\n", rest))
 
     @property
-    def _asking(self) -> bool:
-        """Whether the head of a request has begun and is not all here."""
+    def _head_incomplete(self) -> bool:
         return self._head_since is not None and (self._size > 0 or self.cycle is not None)
 
     def on_message_begin(self) -> None:
-        """Start the clock of a request's head."""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
         self._head_since = self.loop.time()
-        if self._under_way:
+        if self._message_begun:
             self._size = 0
-        self._under_way = True
+        self._message_begun = True
 
     def on_headers_complete(self) -> None:
-        """Stop the clock, and start the work."""
         if self._size > self.settings.max_head:
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if size > self.settings.max_head:
-                self._refuse_head("the head of the request")
-                raise Refused
+                self._reject_head("the head of the request")
+                raise HeadRejected
         if self.parser.should_upgrade():
             if self.parser.get_method() != b"CONNECT":
-                self._declining = True
+                self._declining_upgrade = True
                 return
-            self._refusal = (405, "CONNECT: this server is no proxy", "path")
-            raise Refused
+            self._reject(405, "CONNECT: this server is no proxy", "path")
+            raise HeadRejected
         self._body_since, self._head_since, self._size = self.loop.time(), None, 0
-        before = self.cycle
-        direct = self._direct()
-        if direct is None:
+        previous = self.cycle
+        fast_request = self._fast_request()
+        if fast_request is None:
             self._start_task()
         else:
-            self.cycle = direct
-        self.headers = _Dropped()
+            self.cycle = fast_request
+        self.headers = _DiscardedFields()
         if self.draining:
-            if before is self._told_last and before is not None and not before.response_started:
-                before.keep_alive = True  # another was sent behind it
-            self.make_last()
+            if previous and previous is self._announced_last and not previous.response_started:
+                previous.keep_alive = True  # this request was sent after it
+            self.announce_close()
 
-    def _direct(self) -> Direct | None:
-        """Return the request if it can be answered without a task: else, None."""
-        served = self.app_of_server.by_target.get(self.url)
+    def _fast_request(self) -> FastRequest | None:
+        """Return the request if it can be answered without a task."""
+        served = self.http_app.targets.get(self.url)
         if served is None or self.parser.get_method() != b"POST":
             return None
         if self.busy or self.flow.write_paused or self.expect_100_continue:
-            return None  # another answer comes before its own
-        head = pick(self.headers)
-        if self.settings.origins and b"origin" in head:
-            return None  # an application around ours adds to the answer
+            return None  # another answer must be sent first
+        headers = select_headers(self.headers)
+        if self.settings.origins and b"origin" in headers:
+            return None  # the CORS middleware adds headers to the answer
         version = self.parser.get_http_version()
-        if not self.app_of_server.takes(head, version):
+        if not self.http_app.accepts(headers, version):
             return None
-        alive = version != "1.0" and self.parser.should_keep_alive()
-        return Direct(served, self.headers, head, alive)
+        keep_alive = version != "1.0" and self.parser.should_keep_alive()
+        return FastRequest(served, self.headers, headers, keep_alive)
 
     def _start_task(self) -> None:
         if not self.url.startswith(b"/"):
@@ -206,12 +188,12 @@ class Protocol(HttpToolsProtocol):
         self.headers += headers
         super().on_headers_complete()
 
-    def answer(self, request: Direct, answer: Answer) -> None:
-        """Answer a request, if its client is still there."""
-        self._forget(request)
+    def send_response(self, request: FastRequest, response: Response) -> None:
+        """Send a response, if the client is still connected."""
+        self._release_body(request)
         if request.disconnected or self.transport.is_closing():
             return
-        status, headers, content = answer
+        status, headers, content = response
         parts = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *headers):
             parts += (name, b": ", value, b"\r\n")
@@ -222,60 +204,57 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
-    def give_up(self, request: Direct) -> None:
-        """Hang up on a request that cannot even be refused."""
-        self._forget(request)
+    def abort(self, request: FastRequest) -> None:
+        """Close the connection of a request that cannot be answered because of a bug."""
+        self._release_body(request)
         self.transport.abort()
 
-    def _forget(self, request: Direct) -> None:
-        self.app_of_server.room.give_back(request.size)
+    def _release_body(self, request: FastRequest) -> None:
+        self.http_app.body_budget.release(request.size)
         request.size = 0
         request.parts.clear()
 
-    def make_last(self) -> None:
-        """Let the answer to the newest request, if it is being answered, be the last."""
+    def announce_close(self) -> None:
+        """Make the answer to the newest request in progress the connection's last."""
         cycle = self.cycle
         if cycle is not None and cycle.keep_alive and not cycle.response_started:
             cycle.keep_alive = False
-            self._told_last = cycle
+            self._announced_last = cycle
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
         cycle = self.cycle
-        if not isinstance(cycle, Direct):
+        if not isinstance(cycle, FastRequest):
             super().on_body(body)
             return
         cycle.parts.append(body)
         cycle.size += len(body)
-        if not self.app_of_server.room.take(len(body)):
+        if not self.http_app.body_budget.acquire(len(body)):
             self._hand_over(cycle)
 
-    def _hand_over(self, request: Direct) -> None:
-        """Have a task refuse a request for whose body there is no room: it reads on for a while."""
-        self.app_of_server.room.give_back(request.size)
-        self.cycle, self.headers = None, request.headers  # type: ignore[assignment]
+    def _hand_over(self, request: FastRequest) -> None:
+        """Have a task reject a request that exceeds the budget: it reads the body for a while."""
+        self.http_app.body_budget.release(request.size)
+        self.cycle, self.headers = None, request.all_headers  # type: ignore[assignment]
         self._start_task()
-        self.cycle.keep_alive = request.keep_alive  # it may have become the last
-        self.headers = _Dropped()
+        self.cycle.keep_alive = request.keep_alive  # may have changed since its head
+        self.headers = _DiscardedFields()
         super().on_body(request.pop_body())
 
     def on_message_complete(self) -> None:
-        """Tell the work that the body is whole."""
-        if self._declining:
+        if self._declining_upgrade:
             return
         cycle = self.cycle
-        if isinstance(cycle, Direct):
+        if isinstance(cycle, FastRequest):
             cycle.more_body = False
-            self.turn.put(self, cycle)
+            self.batch.add(self, cycle)
             return
         super().on_message_complete()
         if not cycle.response_complete:
-            self.app_of_server.ready.add(self)
+            self.http_app.waiting.add(self)
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, or to the end."""
         last = not self.pipeline
-        self.app_of_server.ready.discard(self)
+        self.http_app.waiting.discard(self)
         self._idle_since = self.loop.time()
         if not self.transport.is_closing():
             self.flow.resume_reading()
@@ -283,22 +262,25 @@ class Protocol(HttpToolsProtocol):
                 cycle, app = self.pipeline.pop()
                 self._start_asgi_task(cycle, app)
                 if not cycle.more_body:
-                    self.app_of_server.ready.add(self)
-        if self._refused and last:
-            self._hang_up()
+                    self.http_app.waiting.add(self)
+        if self._rejected and last:
+            self._send_rejection()
 
-    def _refuse_head(self, what: str) -> None:
-        told = f"{what}: expected at most {self.settings.max_head} bytes"
-        self._refusal = (431, told, "size")
+    def _reject_head(self, what: str) -> None:
+        self._reject(431, f"{what}: expected at most {self.settings.max_head} bytes", "size")
+
+    def _reject(self, status: int, why: str, reason: str) -> None:
+        self._rejection = (status, why, reason)
+        self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what never came to the application, and hang up: after the answers before it."""
-        if self._refused:
+        """Reject bytes that never reached the application, after the answers before them; close."""
+        if self._rejected:
             return
-        self._refused = True
+        self._rejected = True
         cycle = self.cycle
         waiting = cycle is not None and not cycle.response_complete
-        if waiting and cycle.more_body:  # it is this one's body that is refused
+        if waiting and cycle.more_body:  # the rejected bytes belong to its body
             waiting = bool(self.pipeline)
             if waiting:
                 self.pipeline.popleft()
@@ -310,32 +292,26 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         if not waiting:
-            self._hang_up()
+            self._send_rejection()
 
     def _drop_body(self) -> None:
-        """Forget what is here of a request whose body will never be."""
         cycle = self.cycle
-        if not isinstance(cycle, Direct) or not cycle.more_body:
+        if not isinstance(cycle, FastRequest) or not cycle.more_body:
             return
         if not cycle.disconnected and not cycle.response_complete:
-            self._forget(cycle)
-            self.app_of_server.gone(cycle)
+            self._release_body(cycle)
+            self.http_app.client_disconnected(cycle)
 
-    def _hang_up(self) -> None:
-        """Answer, and close once the client has had the time to read it.
-
-        A connection that is closed while bytes wait unread is reset, and the answer with it (RFC
-        9112, section 9.6).
-        """
+    def _send_rejection(self) -> None:
         if self.transport.is_closing():
             return
-        status, told, reason = self._refusal
-        self.app_of_server.metrics.rejected(reason)
+        status, why, reason = self._rejection
+        self.http_app.metrics.rejected(reason)
         if reason == "connections":
-            self.full.log(why=told, connections=len(self.connections))
+            self.connection_limit_log.log(why=why, connections=len(self.connections))
         else:
-            log("rejected", status=status, reason=reason, why=told)
-        body = orjson.dumps({"error": told})
+            log("rejected", status=status, reason=reason, why=why)
+        body = orjson.dumps({"error": why})
         head = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
         retry = b"retry-after: 1\r\n" if status == 503 else b""
         head += retry + b"connection: close\r\n\r\n"
@@ -343,43 +319,42 @@ class Protocol(HttpToolsProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """Hang up, but read on for a while: bytes that nobody reads would reset the connection.
+        """Close, but read on for a while, because unread bytes would reset the connection.
 
         The client would then lose the answer (RFC 9112, section 9.6).
         """
-        if len(self.lingering) >= LINGERING:
+        if len(self.lingering) >= MAX_LINGERING:
             self.transport.close()
             return
         self.lingering.add(self)
         self.connections.discard(self)
         self.transport.write_eof()
-        self.loop.call_later(LINGER, self.transport.abort)
+        self.loop.call_later(LINGER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
         self.lingering.discard(self)
-        self.app_of_server.ready.discard(self)
+        self.http_app.waiting.discard(self)
         self._drop_body()
         super().connection_lost(exc)
 
-    def look(self, now: float) -> None:
-        """Hang up on a client that sends or takes too slowly."""
+    def check_timeouts(self, now: float) -> None:
+        """Disconnect a client that sends or receives too slowly."""
         size, since = self._unsent
         left = self.transport.get_write_buffer_size()
         if left == 0 or left != size:
             self._unsent = (left, now)
         elif now - since > self.settings.write_timeout:
-            self.app_of_server.metrics.rejected("stalled")
+            self.http_app.metrics.rejected("stalled")
             reset(self.transport)
-        if self._refused or self.transport.is_closing():
+        if self._rejected or self.transport.is_closing():
             return
         if self._head_since is not None:
             if now - self._head_since <= self.settings.head_timeout:
                 return
-            if not self._asking:
+            if not self._head_incomplete:
                 close_unless_unread(self.transport)
             else:
-                self._refuse_slow("the head of the request", self.settings.head_timeout)
+                self._reject_slow("the head of the request", self.settings.head_timeout)
         elif self.cycle.response_complete:
             if now - self._idle_since > self.settings.keep_alive:
                 close_unless_unread(self.transport)
@@ -388,84 +363,40 @@ class Protocol(HttpToolsProtocol):
             and not self.cycle.response_started
             and now - self._body_since > self.settings.body_timeout
         ):
-            self._refuse_slow("the body", self.settings.body_timeout)
+            self._reject_slow("the body", self.settings.body_timeout)
 
-    def _refuse_slow(self, what: str, seconds: float) -> None:
-        self._refusal = (408, f"{what}: not all here after {seconds:g} s", "slow")
-        self.send_400_response("")
+    def _reject_slow(self, what: str, seconds: float) -> None:
+        self._reject(408, f"{what}: not all here after {seconds:g} s", "slow")
 
     @property
     def busy(self) -> bool:
-        """Whether a request is being read, waiting or answered."""
+        """Whether a request is being received, waiting or being answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    def hang_up_if_quiet(self, now: float, since: float) -> None:
-        """Hang up where no request is being answered, being sent, or likely to be on its way.
-
-        Args:
-            now: the loop's time.
-            since: when the server began to end.
-        """
-        quiet = now - max(since, self._head_since or since) >= QUIET
-        if quiet and not self.busy and not self._asking:
+    def close_if_idle(self, now: float, since: float) -> None:
+        """Close if no request is in progress or, `since` the shutdown, likely to be on its way."""
+        idle = now - max(since, self._head_since or since) >= IDLE_BEFORE_CLOSE_S
+        if idle and not self.busy and not self._head_incomplete:
             close_unless_unread(self.transport)
 
-    def cut(self) -> None:
-        """Refuse a request that is not all here when time is up."""
+    def reject_incomplete(self) -> None:
+        """Reject a request that is not complete when the time to drain is over."""
         cycle = self.cycle
-        if isinstance(cycle, Direct) and cycle.more_body and not self._refused:
+        if isinstance(cycle, FastRequest) and cycle.more_body and not self._rejected:
             cycle.keep_alive = False
-            self.answer(cycle, self.app_of_server.turn_away(cycle, busy("the server stops")))
-        elif self._asking and not self.transport.is_closing():
-            self._refusal = (503, "the server stops", "stops")
-            self.send_400_response("")
+            rejection = unavailable("the server stops")
+            self.send_response(cycle, self.http_app.reject(cycle, rejection))
+        elif self._head_incomplete and not self.transport.is_closing():
+            self._reject(503, "the server stops", "stops")
 
 
 def _body_size(request: RequestResponseCycle) -> int:
-    """Return how many bytes of a request's body are here."""
-    return request.size if isinstance(request, Direct) else len(request.body)
+    return request.size if isinstance(request, FastRequest) else len(request.body)
 
 
 def with_path(target: bytes) -> bytes:
-    """Return a request's target, with the path / where it is a URL without (RFC 9112, 3.2.2).
-
-    Raises:
-        HttpParserInvalidURLError: It is none.
-    """
+    """Return the target, with the path / for a URL without a path (RFC 9112, section 3.2.2)."""
     url = httptools.parse_url(target)
     if url.path is not None or url.schema is None:
         return target
     return b"/" if url.query is None else b"/?" + url.query
-
-
-def close_unless_unread(transport: asyncio.Transport) -> None:
-    """Close a connection, unless something has arrived on it that is not read yet.
-
-    A transport closes at the end of the loop's turn. The end of the stream is sent here and now, so
-    that a request can cross it within microseconds only.
-    """
-    descriptor = transport.get_extra_info("socket").fileno()
-    if transport.is_closing() or descriptor < 0:
-        return
-    with socket.socket(fileno=os.dup(descriptor)) as own:
-        if unread(own):
-            return
-        if transport.get_write_buffer_size() == 0:
-            with contextlib.suppress(OSError):  # the client was first
-                own.shutdown(socket.SHUT_WR)
-    transport.close()
-
-
-def reset(transport: asyncio.Transport) -> None:
-    """Close a connection and forget what was sent and not taken, in the system's memory too."""
-    descriptor = transport.get_extra_info("socket").fileno()
-    if descriptor >= 0:
-        with socket.socket(fileno=os.dup(descriptor)) as own:
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
-
-
-def unread(connection: socket.socket) -> int:
-    """Return how many bytes have arrived that nobody has read (``ioctl`` FIONREAD)."""
-    (count,) = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, bytes(4)))
-    return int(count)

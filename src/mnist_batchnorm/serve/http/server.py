@@ -1,4 +1,4 @@
-"""uvicorn with the limits that a server on a network needs, and an end that loses nothing."""
+"""uvicorn's server with timeouts for connections, and a shutdown that loses no request."""
 
 import asyncio
 import contextlib
@@ -10,79 +10,68 @@ from typing import Any
 import uvicorn
 
 from mnist_batchnorm.serve.core.log import log
-from mnist_batchnorm.serve.core.settings import Settings
-from mnist_batchnorm.serve.http.app import App
-from mnist_batchnorm.serve.http.connection import Protocol
-from mnist_batchnorm.serve.process.listener import empty_backlog
+from mnist_batchnorm.serve.core.service import InferenceService
+from mnist_batchnorm.serve.http.backlog import drain_backlog
+from mnist_batchnorm.serve.http.connection import HttpConnection
 
-TICKS = 5  # of uvicorn's, a tenth of a second each, between looks at all connections
-ACCEPTS = 256  # connections that are accepted in a turn of the loop
-LAST_WORDS = 0.5  # seconds for the answers of requests that the end cuts off to go out
-LOOK = 0.02  # seconds between looks at the connections that are left
+CHECK_TICKS = 5  # of uvicorn, 0.1 s each, between checks of all connections
+MAX_ACCEPTS = 256  # connections per turn of the event loop
+LAST_ANSWERS_S = 0.5  # for sending the answers to requests that the deadline interrupts
+POLL_INTERVAL_S = 0.02  # between checks of the remaining connections
 
 
-class Server(uvicorn.Server):
-    """A server that ends in good order.
-
-    Args:
-        config: uvicorn's.
-        app: the application.
-        settings: how to serve.
-        protocol: the class of its connections.
-        parent: a descriptor that ends when the process does that started this worker; None: it is
-            no worker.
+class HttpServer(uvicorn.Server):
+    """An HTTP server with a graceful shutdown.
 
     Attributes:
-        draining: whether it is about to end.
+        draining: whether the server is shutting down.
         status: the exit status so far.
-        on_start: called as soon as it serves.
+        on_start: called as soon as the server accepts connections.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
-        app: App,
-        settings: Settings,
-        protocol: type[Protocol],
+        service: InferenceService,
+        connection_class: type[HttpConnection],
         parent: int | None = None,
     ) -> None:
         super().__init__(config)
-        self.app = app
-        self.settings = settings
-        self.protocol = protocol
+        self.service = service
+        self.settings = service.settings
+        self.connection_class = connection_class
         self.draining = False
         self.status = 0
         self.on_start: Callable[[], None] = lambda: None
-        self._parent = parent
+        self._parent = parent  # a descriptor that is closed when a worker's parent ends
         self._listeners: list[socket.socket] = []
-        self._looking = False  # whether it is about to look who else waits to be accepted
-        self._accepted: set[asyncio.Task[Any]] = set()  # connections on their way to a protocol
+        self._accept_scheduled = False
+        self._accepted: set[asyncio.Task[Any]] = set()  # connections without a protocol yet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take connections from now on."""
         await super().startup(sockets)
         self._listeners = list(sockets or [])
-        self.protocol.on_connection = self._look_for_others
+        self.connection_class.on_connection = self._schedule_accept
         self.on_start()
 
-    def _look_for_others(self) -> None:
-        if not self._looking:
-            self._looking = True
+    def _schedule_accept(self) -> None:
+        if not self._accept_scheduled:
+            self._accept_scheduled = True
             asyncio.get_running_loop().call_soon(self._accept)
 
     def _accept(self) -> None:
-        """Accept what else waits.
+        """Accept all waiting connections.
 
-        libuv accepts one connection in a turn of the loop. Under load, when turns are long, new
+        libuv accepts one connection per turn of the loop. Under load, when turns are long, new
         clients would wait for seconds.
         """
-        self._looking = False
+        self._accept_scheduled = False
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
-            for _ in range(ACCEPTS):
+            for _ in range(MAX_ACCEPTS):
                 try:
                     connection, _ = listener.accept()
-                except OSError:  # there is no other; or too many files are open, which uvloop tells
+                except OSError:  # none waits; or too many files are open, which uvloop reports
                     break
                 connection.setblocking(False)
                 task = loop.create_task(loop.connect_accepted_socket(self._connect, connection))
@@ -90,14 +79,14 @@ class Server(uvicorn.Server):
                 task.add_done_callback(self._accepted.discard)
 
     def _connect(self) -> asyncio.Protocol:
-        return self.protocol(self.config, self.server_state, self.lifespan.state)
+        return self.connection_class(self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drain when told to end; a second signal ends it at once.
+        """Drain at the first signal; the second one ends the server at once, unless it is a worker.
 
-        Not so a worker: the system may send a signal to all processes of a server, and its parent
-        another. Parents kill workers that are to end at once.
+        The system may signal all processes of a server, and then the parent its workers. A parent
+        kills workers that must end at once.
         """
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
@@ -112,7 +101,7 @@ class Server(uvicorn.Server):
                 loop.remove_reader(self._parent)
             for number in signals:
                 loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)  # it ends already
+                signal.signal(number, signal.SIG_IGN)  # shutting down already
 
     def _orphaned(self) -> None:
         assert self._parent is not None
@@ -127,81 +116,77 @@ class Server(uvicorn.Server):
                 self.status = 128 + number
                 self.should_exit = self.force_exit = True
             return
-        self.draining = self.protocol.draining = True
+        self.draining = self.connection_class.draining = True
         requests = self._requests()
         log("draining", signal=signal.Signals(number).name, requests=requests)
         for connection in self._connections():
-            connection.make_last()
+            connection.announce_close()
         delay = self.settings.drain_delay if number == signal.SIGTERM else 0.0
         asyncio.get_running_loop().call_later(delay, self._stop_accepting)
 
     def _stop_accepting(self) -> None:
         self.should_exit = True
 
-    def _connections(self) -> list[Protocol]:
-        """Return those that are open and in use."""
-        return [one for one in self.server_state.connections if isinstance(one, Protocol)]
+    def _connections(self) -> list[HttpConnection]:
+        connections = self.server_state.connections
+        return [open_ for open_ in connections if isinstance(open_, HttpConnection)]
 
     def _requests(self) -> int:
-        """Return how many requests are being read, waiting or answered."""
-        return sum(one.busy for one in self._connections()) + self.app.calls
+        return sum(open_.busy for open_ in self._connections()) + self.service.open_calls
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take the last connections, answer what was asked, and hang up."""
+        """Accept the last connections, answer their requests, and close."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         for listener in sockets or []:
             if not self.force_exit:
-                await empty_backlog(listener)
+                await drain_backlog(listener)
         for server in self.servers:
             server.close()
         for listener in sockets or []:
             listener.close()
         deadline = loop.time() + self.settings.drain
-        while (left := self._left()) and loop.time() < deadline and not self.force_exit:
+        while (remaining := self._remaining()) and loop.time() < deadline and not self.force_exit:
             for connection in self._connections():
-                connection.look(loop.time())
-                connection.hang_up_if_quiet(loop.time(), began)
-            await asyncio.sleep(LOOK)
-        if left:
-            await self._cut()
+                connection.check_timeouts(loop.time())
+                connection.close_if_idle(loop.time(), began)
+            await asyncio.sleep(POLL_INTERVAL_S)
+        if remaining:
+            await self._reject_remaining()
 
-    def _left(self) -> int:
-        refused = len(self.protocol.lingering)
-        return len(self.server_state.connections) + refused + len(self._accepted)
+    def _remaining(self) -> int:
+        lingering = len(self.connection_class.lingering)
+        return len(self.server_state.connections) + lingering + len(self._accepted)
 
-    async def _cut(self) -> None:
-        """Refuse what is not answered yet."""
-        log("cut", "warning", requests=self._requests(), connections=self._left())
+    async def _reject_remaining(self) -> None:
+        log("cut", "warning", requests=self._requests(), connections=self._remaining())
         for task in list(self.server_state.tasks):
             task.cancel()
         for connection in self._connections():
-            connection.cut()
+            connection.reject_incomplete()
         if not self.force_exit:
-            deadline = asyncio.get_running_loop().time() + LAST_WORDS
-            while self._left() and asyncio.get_running_loop().time() < deadline:
-                await asyncio.sleep(LOOK)
-        for connection in [*self._connections(), *self.protocol.lingering]:
+            deadline = asyncio.get_running_loop().time() + LAST_ANSWERS_S
+            while self._remaining() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(POLL_INTERVAL_S)
+        for connection in [*self._connections(), *self.connection_class.lingering]:
             connection.transport.abort()
         await asyncio.sleep(0)
 
     async def on_tick(self, counter: int) -> bool:
-        """Look at the connections now and then."""
-        if counter % TICKS == 0:
+        if counter % CHECK_TICKS == 0:
             now = asyncio.get_running_loop().time()
             for connection in self._connections():
-                connection.look(now)
-            self.app.metrics.note()
-            self.app.metrics.queue.set(self._requests())
-            self.app.metrics.connections.set(len(self.server_state.connections))
+                connection.check_timeouts(now)
+            self.service.metrics.publish_last()
+            self.service.metrics.queue.set(self._requests())
+            self.service.metrics.connections.set(len(self.server_state.connections))
         return await super().on_tick(counter)
 
 
-def configure(app: Any, settings: Settings, protocol: type[Protocol]) -> uvicorn.Config:
-    """Return uvicorn's configuration."""
+def configure(app: Any, connection_class: type[HttpConnection]) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=protocol,
+        http=connection_class,
         ws="none",
         lifespan="off",
         log_config=None,

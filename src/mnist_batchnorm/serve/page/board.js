@@ -1,6 +1,6 @@
-// The board to draw on, by mouse, touch, pen or keys. It knows strokes, not networks.
+// The board to draw on, by mouse, touch, pen or keys. It knows nothing of the networks.
 
-import { Grey } from "./picture.js";
+import { Gray } from "./picture.js";
 
 export const SIZE = 280; // units of the board, and pixels of the ink that is read from it
 const WIDTH = 24; // of a stroke: about 2.5 pixels of 28, as in MNIST
@@ -13,25 +13,24 @@ const EMPTY = { strokes: [], picture: null };
 /**
  * Strokes on a canvas, or a picture.
  *
- * `changed` is called after each change, `told` with what a person who does not see the cursor
- * needs to know.
+ * `changed` is called after each change, `announce` with text for screen readers.
  */
 export class Board {
-  #state = EMPTY; // never changed in place, so that undo is to take the last one back
+  #state = EMPTY; // never changed in place: undo restores the previous state
   #past = [];
-  #pointer = null; // that draws
+  #pointer = null; // id of the pointer that draws
   #cursor = { x: SIZE / 2, y: SIZE / 2, down: false, shown: false };
-  #held = new Set();
+  #pressedKeys = new Set();
   #sheet = new OffscreenCanvas(SIZE, SIZE);
 
-  constructor(canvas, changed, told) {
-    Object.assign(this, { canvas, changed, told });
+  constructor(canvas, changed, announce) {
+    Object.assign(this, { canvas, changed, announce });
     const listen = (type, listener) => canvas.addEventListener(type, listener);
     listen("pointerdown", (event) => this.#begin(event));
     listen("pointermove", (event) => this.#draw(event));
     for (const type of ["pointerup", "pointercancel"]) listen(type, (event) => this.#end(event));
     listen("keydown", (event) => this.#key(event));
-    listen("keyup", (event) => this.#held.delete(event.key));
+    listen("keyup", (event) => this.#pressedKeys.delete(event.key));
     listen("blur", () => this.#leave());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
     this.paint();
@@ -45,22 +44,22 @@ export class Board {
     return this.#past.length > 0;
   }
 
-  /** The picture that is shown, as it was given to `show`; null where none is. */
+  /** The picture passed to `show`, or null. */
   get picture() {
     return this.#state.picture;
   }
 
-  /** The ink that was drawn, light on black. */
+  /** The drawn ink, light on black. */
   ink() {
     const context = this.#sheet.getContext("2d", { willReadFrequently: true });
     context.fillStyle = "black";
     context.fillRect(0, 0, SIZE, SIZE);
     strokes(context, this.#state.strokes, "white");
     const { data } = context.getImageData(0, 0, SIZE, SIZE);
-    return new Grey(SIZE, SIZE, Uint8Array.from({ length: SIZE * SIZE }, (_, i) => data[4 * i]));
+    return new Gray(SIZE, SIZE, Uint8Array.from({ length: SIZE * SIZE }, (_, i) => data[4 * i]));
   }
 
-  /** Show a picture, which has `ink`, in place of what was drawn. */
+  /** Show a picture, an object with `ink`, instead of the strokes. */
   show(picture) {
     this.#change({ strokes: [], picture });
   }
@@ -79,12 +78,12 @@ export class Board {
 
   paint() {
     const context = this.canvas.getContext("2d");
-    const colour = getComputedStyle(this.canvas).color;
+    const color = getComputedStyle(this.canvas).color;
     context.setTransform(this.canvas.width / SIZE, 0, 0, this.canvas.height / SIZE, 0, 0);
     context.clearRect(0, 0, SIZE, SIZE);
-    if (this.#state.picture) drawPicture(context, this.#state.picture.ink, colour);
-    strokes(context, this.#state.strokes, colour);
-    if (this.#cursor.shown) this.#drawCursor(context, colour);
+    if (this.#state.picture) drawPicture(context, this.#state.picture.ink, color);
+    strokes(context, this.#state.strokes, color);
+    if (this.#cursor.shown) this.#drawCursor(context, color);
   }
 
   #change(state) {
@@ -102,7 +101,7 @@ export class Board {
     this.#change({ strokes: [...this.#state.strokes, [point]], picture: null });
   }
 
-  // The last stroke grows: no step of its own to undo.
+  // Extends the last stroke; not a separate undo step.
   #extend(points) {
     const last = [...this.#state.strokes.at(-1), ...points];
     this.#state = { strokes: [...this.#state.strokes.slice(0, -1), last], picture: null };
@@ -146,12 +145,12 @@ export class Board {
     event.preventDefault();
   }
 
-  // Arrows that are held together move the cursor aslant.
+  // Arrows held together move the cursor diagonally.
   #move(event) {
-    this.#held.add(event.key);
+    this.#pressedKeys.add(event.key);
     const step = event.shiftKey ? FINE : STEP;
     const cursor = this.#cursor;
-    for (const key of this.#held) {
+    for (const key of this.#pressedKeys) {
       cursor.x = Math.min(Math.max(cursor.x + ARROWS[key][0] * step, 0), SIZE);
       cursor.y = Math.min(Math.max(cursor.y + ARROWS[key][1] * step, 0), SIZE);
     }
@@ -165,7 +164,7 @@ export class Board {
     this.#cursor.down = !this.#cursor.down;
     if (this.#cursor.down) this.#start([this.#cursor.x, this.#cursor.y]);
     else this.paint();
-    this.told(this.#cursor.down ? "Pen down." : "Pen up.");
+    this.announce(this.#cursor.down ? "Pen down." : "Pen up.");
   }
 
   #lift() {
@@ -173,34 +172,34 @@ export class Board {
   }
 
   #leave() {
-    this.#held.clear();
+    this.#pressedKeys.clear();
     this.#lift();
     this.#cursor.shown = false;
     this.paint();
   }
 
-  #drawCursor(context, colour) {
+  #drawCursor(context, color) {
     const { x, y, down } = this.#cursor;
     context.lineWidth = 2;
-    for (const [radius, style] of [[WIDTH / 2 + 4, colour], [WIDTH / 2 + 6, "Canvas"]]) {
+    for (const [radius, style] of [[WIDTH / 2 + 4, color], [WIDTH / 2 + 6, "Canvas"]]) {
       context.strokeStyle = style;
       context.beginPath();
       context.arc(x, y, radius, 0, 2 * Math.PI);
       context.stroke();
     }
-    context.fillStyle = colour;
+    context.fillStyle = color;
     context.beginPath();
     context.arc(x, y, down ? WIDTH / 2 : 3, 0, 2 * Math.PI);
     context.fill();
   }
 }
 
-function strokes(context, all, colour) {
-  Object.assign(context, { strokeStyle: colour, fillStyle: colour });
+function strokes(context, all, color) {
+  Object.assign(context, { strokeStyle: color, fillStyle: color });
   Object.assign(context, { lineWidth: WIDTH, lineCap: "round", lineJoin: "round" });
   for (const [first, ...rest] of all) {
     context.beginPath();
-    context.arc(...first, WIDTH / 2, 0, 2 * Math.PI); // a line of no length is not drawn
+    context.arc(...first, WIDTH / 2, 0, 2 * Math.PI); // canvas draws no line of zero length
     context.fill();
     context.beginPath();
     context.moveTo(...first);
@@ -209,8 +208,8 @@ function strokes(context, all, colour) {
   }
 }
 
-// Its ink in the board's colour, as large as fits.
-function drawPicture(context, ink, colour) {
+// Draw a picture's ink in the board's color, as large as fits.
+function drawPicture(context, ink, color) {
   const sheet = new OffscreenCanvas(ink.width, ink.height);
   const inner = sheet.getContext("2d");
   const image = new ImageData(ink.width, ink.height);
@@ -219,7 +218,7 @@ function drawPicture(context, ink, colour) {
   });
   inner.putImageData(image, 0, 0);
   inner.globalCompositeOperation = "source-in";
-  inner.fillStyle = colour;
+  inner.fillStyle = color;
   inner.fillRect(0, 0, ink.width, ink.height);
   const ratio = SIZE / Math.max(ink.width, ink.height);
   const [width, height] = [ink.width * ratio, ink.height * ratio];

@@ -1,25 +1,25 @@
-// The server's side of the page: the Open Inference Protocol, one request a model at a time.
+// Client of the Open Inference Protocol, with at most one request per model at a time.
 
-const PATIENCE = 10_000; // ms for one answer
+const TIMEOUT_MS = 10_000;
 
 /**
- * A request that came to nothing.
+ * A failed request.
  *
- * `kind` is "away" (no answer), "token" (the server wants one), "busy" or "refused"; `wait` is how
- * many seconds to let pass before the next try, 0 where another try is no use.
+ * `kind` is "unreachable", "token" (missing or wrong), "busy" or "refused"; `retryAfter` is the time
+ * until the next attempt in seconds, 0 if retrying is useless.
  */
 export class ServerError extends Error {
-  constructor(kind, message, wait = 0) {
+  constructor(kind, message, retryAfter = 0) {
     super(message);
-    Object.assign(this, { kind, wait });
+    Object.assign(this, { kind, retryAfter });
   }
 }
 
-/** Talks to the server that the page came from; the token stays in memory. */
+/** Sends requests to the server of the page; the token stays in memory. */
 export class Client {
   token = "";
 
-  /** Return the names of the models that answer. */
+  /** Return the names of the models that are ready. */
   async names() {
     const index = await this.#json("v2/repository/index", {});
     if (!Array.isArray(index)) throw new ServerError("refused", "The server does not say what it serves.");
@@ -33,13 +33,13 @@ export class Client {
     return {
       version: String(parameters.version ?? versions.at(-1) ?? "not stated"),
       sha256: parameters.sha256 ?? "",
-      // whatever does not say so is not
+      // unverified unless the server says otherwise
       verified: parameters.verified === true || parameters.verified === "true",
       because: parameters.unverified_because ?? "the server does not say that it is verified",
     };
   }
 
-  /** Return the ten logits of an image of 784 pixels, the version that gave them, and the time in ms. */
+  /** Return the ten logits for 784 pixels, the model's version, and the latency in ms. */
   async infer(name, pixels) {
     const input = { name: "image", shape: [1, 28, 28], datatype: "UINT8", data: Array.from(pixels) };
     const started = performance.now();
@@ -52,17 +52,17 @@ export class Client {
     return { logits, version: String(answer.model_version ?? ""), latency };
   }
 
-  // GET, or POST where there is a body.
+  // GET, or POST if there is a body.
   async #json(path, body) {
     const headers = this.token ? { Authorization: `Bearer ${this.token}` } : {};
-    const options = { headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE) };
+    const options = { headers, cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) };
     if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
     let response, text;
     try {
       response = await fetch(path, options);
       text = await response.text();
     } catch {
-      throw new ServerError("away", "The server does not answer.", 2);
+      throw new ServerError("unreachable", "The server does not answer.", 2);
     }
     if (!response.ok) throw refusal(response, text);
     try {
@@ -74,14 +74,14 @@ export class Client {
 }
 
 function refusal(response, text) {
-  const said = reason(text) || `status ${response.status}`;
-  if (response.status === 401) return new ServerError("token", said);
+  const reported = reason(text) || `status ${response.status}`;
+  if (response.status === 401) return new ServerError("token", reported);
   if (response.status === 503 || response.status === 429) {
-    const wait = Math.min(Math.max(Number(response.headers.get("Retry-After")) || 1, 1), 10);
-    return new ServerError("busy", `The server is busy: ${said}.`, wait);
+    const retryAfter = Math.min(Math.max(Number(response.headers.get("Retry-After")) || 1, 1), 10);
+    return new ServerError("busy", `The server is busy: ${reported}.`, retryAfter);
   }
-  // not there (any more): a model may have been taken away, or put back
-  return new ServerError("refused", `The server refuses: ${said}.`, response.status === 404 ? 5 : 0);
+  // 404: a model may have been unloaded, or loaded again
+  return new ServerError("refused", `The server refuses: ${reported}.`, response.status === 404 ? 5 : 0);
 }
 
 function reason(text) {
@@ -92,22 +92,22 @@ function reason(text) {
   }
 }
 
-/** Asks one model, one question at a time; of those that wait only the newest is asked. */
-export class Asker {
+/** Sends the images of one model one at a time; of those that wait, only the newest is sent. */
+export class LatestRequest {
   #waiting = null;
   #busy = false;
 
-  constructor(ask, answered, failed) {
-    Object.assign(this, { ask, answered, failed });
+  constructor(send, answered, failed) {
+    Object.assign(this, { send, answered, failed });
   }
 
-  /** Put a question; its answer goes to `answered`, what went wrong to `failed`. */
-  put(question) {
-    this.#waiting = question;
+  /** Send an image; then `answered` or `failed` is called. */
+  put(image) {
+    this.#waiting = image;
     if (!this.#busy) this.#work();
   }
 
-  /** Drop the question that waits. */
+  /** Drop the image that waits. */
   drop() {
     this.#waiting = null;
   }
@@ -115,10 +115,10 @@ export class Asker {
   async #work() {
     this.#busy = true;
     while (this.#waiting) {
-      const question = this.#waiting;
+      const image = this.#waiting;
       this.#waiting = null;
       try {
-        this.answered(question, await this.ask(question));
+        this.answered(image, await this.send(image));
       } catch (error) {
         if (!(error instanceof ServerError)) {
           this.#busy = false;

@@ -1,46 +1,46 @@
-// The page: what is drawn or chosen goes through picture.js to the networks, and their answers
-// through answers.js to the person. Nothing is stored, and only 784 pixels leave the browser.
+// The page: converts a drawing or a picture (picture.js), sends it to the networks (client.js) and
+// shows the answers (answers.js). Nothing is stored, and only 784 pixels leave the browser.
 
 import { addRows, Column, percent, ranked, softmax, title } from "./answers.js";
 import { Board } from "./board.js";
-import { Asker, Client, ServerError } from "./client.js";
+import { Client, LatestRequest, ServerError } from "./client.js";
 import { decode, fit, normalize, PictureError, SIDE } from "./picture.js";
 
-const WANTED = ["mnist-bn", "mnist-plain"];
-const PAUSE = 700; // ms without a change, then the answer is read out
+const PREFERRED = ["mnist-bn", "mnist-plain"];
+const ANNOUNCE_DELAY_MS = 700; // without a change, until the answer is read out
 
 const $ = (id) => document.getElementById(id);
 const client = new Client();
-const board = new Board($("board"), changed, say);
-const networks = new Map(); // name -> { column, asker, model, answer }
-const troubles = new Map(); // what it is about -> what a person should know
+const board = new Board($("board"), changed, announce);
+const networks = new Map(); // name -> { column, request, model, answer }
+const problems = new Map(); // source -> message
 
-let image = null; // { number, pixels } that the networks see
+let image = null; // { number, pixels }: the networks' input
 let images = 0;
-let choices = 0; // of files; only the newest is shown
-let frame = 0; // that is asked for
-let [retry, reading] = [0, 0]; // timers
+let choices = 0; // number of chosen files; only the newest is shown
+let frame = 0; // requested animation frame
+let [retryTimer, announceTimer] = [0, 0];
 
-// --- what the networks see ----------------------------------------------------------------------
+// --- the networks' input ------------------------------------------------------------------------
 
 function changed() {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    look();
+    update();
   });
 }
 
-function look() {
+function update() {
   $("hint").hidden = !board.empty;
   $("clear").disabled = board.empty;
   $("undo").disabled = !board.undoable;
-  tell("picture", "");
-  clearTimeout(reading);
+  report("picture", "");
+  clearTimeout(announceTimer);
   const digit = board.picture ?? drawn();
   showSeen(digit);
   image = digit && { number: ++images, pixels: digit.pixels };
-  if (image) ask();
-  else forget();
+  if (image) infer();
+  else clearAnswers();
 }
 
 function drawn() {
@@ -61,40 +61,40 @@ function showSeen(digit) {
 async function choose(file) {
   const choice = ++choices;
   try {
-    const { grey, done } = await decode(file);
+    const { gray, done } = await decode(file);
     if (choice !== choices) return;
-    const digit = normalize(grey);
+    const digit = normalize(gray);
     board.show({ ...digit, done: [...done, ...digit.done] });
   } catch (error) {
     if (!(error instanceof PictureError)) throw error;
-    if (choice === choices) tell("picture", error.message);
+    if (choice === choices) report("picture", error.message);
   }
 }
 
-// --- what they answer ---------------------------------------------------------------------------
+// --- answers ------------------------------------------------------------------------------------
 
-function ask() {
-  if (image) for (const { asker } of networks.values()) asker.put(image);
+function infer() {
+  if (image) for (const { request } of networks.values()) request.put(image);
 }
 
-function forget() {
+function clearAnswers() {
   for (const network of networks.values()) {
-    network.asker.drop();
+    network.request.drop();
     network.answer = null;
     network.column.clear();
   }
   $("verdict").textContent = "\u00a0";
 }
 
-function answered(network, asked, { logits, version, latency }) {
-  tell(network.name, "");
+function answered(network, sent, { logits, version, latency }) {
+  report(network.name, "");
   if (!image || networks.get(network.name) !== network) return;
   const probabilities = softmax(logits);
-  network.answer = { number: asked.number, probabilities };
+  network.answer = { number: sent.number, probabilities };
   network.column.show(probabilities);
   network.column.describe(network.model, latency);
   if (version && version !== network.version) {
-    network.version = version; // another one answers now
+    network.version = version; // the server has swapped the model
     describe(network).catch((error) => failed(network.name, error));
   }
   const all = [...networks.values()];
@@ -105,8 +105,8 @@ function answered(network, asked, { logits, version, latency }) {
     ? `They disagree: ${tops.join(" or ")}.`
     : `${all.length > 1 ? "Both see" : "It sees"} a ${tops[0]}.`;
   $("verdict").textContent = verdict;
-  clearTimeout(reading);
-  reading = setTimeout(() => say(spoken(all, verdict)), PAUSE);
+  clearTimeout(announceTimer);
+  announceTimer = setTimeout(() => announce(spoken(all, verdict)), ANNOUNCE_DELAY_MS);
 }
 
 function spoken(all, verdict) {
@@ -126,21 +126,21 @@ function failed(source, error) {
   if (error.kind === "token") {
     $("metrics").hidden = true;
     $("token").hidden = false;
-    tell(source, client.token ? `The server does not take this token: ${error.message}.` : "");
+    report(source, client.token ? `The server does not take this token: ${error.message}.` : "");
     return;
   }
-  tell(source, error.wait ? `${error.message} Trying again …` : error.message);
-  if (!error.wait) return;
-  clearTimeout(retry);
-  retry = setTimeout(error.kind === "busy" && networks.size ? ask : load, 1000 * error.wait);
+  report(source, error.retryAfter ? `${error.message} Trying again …` : error.message);
+  if (!error.retryAfter) return;
+  clearTimeout(retryTimer);
+  retryTimer = setTimeout(error.kind === "busy" && networks.size ? infer : load, 1000 * error.retryAfter);
 }
 
-// --- which networks there are -------------------------------------------------------------------
+// --- the server's networks ----------------------------------------------------------------------
 
 async function load() {
   try {
     const names = await client.names();
-    const wanted = WANTED.filter((name) => names.includes(name));
+    const wanted = PREFERRED.filter((name) => names.includes(name));
     set(wanted.length ? wanted : names.slice(0, 2));
     await Promise.all([...networks.values()].map(describe));
   } catch (error) {
@@ -149,24 +149,24 @@ async function load() {
   }
   $("token").hidden = true;
   $("metrics").hidden = Boolean(client.token); // which a link cannot show
-  for (const source of [...troubles.keys()]) if (source !== "picture") troubles.delete(source);
-  tell("server", networks.size ? "" : "The server has no model loaded.");
+  for (const source of [...problems.keys()]) if (source !== "picture") problems.delete(source);
+  report("server", networks.size ? "" : "The server has no model loaded.");
   $("alone").hidden = networks.size !== 1;
   $("alone").textContent = `This server has one of them: ${[...networks.keys()]}.`;
-  ask();
+  infer();
 }
 
 function set(names) {
   if (names.join() === [...networks.keys()].join()) return;
-  for (const name of networks.keys()) troubles.delete(name);
+  for (const name of networks.keys()) problems.delete(name);
   networks.clear();
   $("networks").replaceChildren();
   for (const row of $("table").rows) while (row.cells.length > 1) row.deleteCell(-1);
   for (const name of names) {
     const network = { name, answer: null, column: new Column(name, $("networks"), $("table")) };
-    network.asker = new Asker(
+    network.request = new LatestRequest(
       ({ pixels }) => client.infer(name, pixels),
-      (asked, answer) => answered(network, asked, answer),
+      (sent, answer) => answered(network, sent, answer),
       (error) => failed(name, error),
     );
     networks.set(name, network);
@@ -184,21 +184,21 @@ async function describe(network) {
     `UNVERIFIED. What is served may not compute what was trained. ${reasons.join("; ")}`;
 }
 
-// --- what a person is told ----------------------------------------------------------------------
+// --- messages -----------------------------------------------------------------------------------
 
-function tell(source, message) {
-  if (message) troubles.set(source, message);
-  else troubles.delete(source);
-  const text = [...new Set(troubles.values())].join(" ");
+function report(source, message) {
+  if (message) problems.set(source, message);
+  else problems.delete(source);
+  const text = [...new Set(problems.values())].join(" ");
   if ($("trouble").textContent !== text) $("trouble").textContent = text;
   $("trouble").hidden = !text;
 }
 
-function say(text) {
+function announce(text) {
   $("said").textContent = text;
 }
 
-// --- what a person does -------------------------------------------------------------------------
+// --- events -------------------------------------------------------------------------------------
 
 $("clear").addEventListener("click", () => board.clear());
 $("undo").addEventListener("click", () => board.undo());

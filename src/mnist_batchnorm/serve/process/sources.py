@@ -1,60 +1,55 @@
-"""TODO."""
+"""The models that the command line names: ONNX files, or versions in MLflow's registry."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.paths import MODELS, SERVED
-
-if TYPE_CHECKING:
-    from mnist_batchnorm.serve.core.catalog import Source
+from mnist_batchnorm.serve.core.catalog import FileSource, Source
+from mnist_batchnorm.serve.registry.source import SCHEME, Address, RegisteredSource
 
 NAMES = {file: name for name, file in SERVED.items()}
 
 
-def sources_of(
+def parse_sources(
     words: Sequence[str], parity: Path, state: Path, *, allow_unverified: bool
-) -> "Sequence[Source]":
-    """Make sources of what stands in the command line.
+) -> list[Source]:
+    """Parse FILE, NAME=FILE, models:/MODEL@ALIAS and models:/MODEL/VERSION.
 
     Args:
-        words: of the command line.
-        parity: the gate's report on the files among them.
-        state: folder for what is fetched from MLflow's registry.
-        allow_unverified: serve whatever the reports say.
+        words: arguments of the command line; none: the pipeline's models.
+        parity: the gate's report on the files.
+        state: folder for downloads from MLflow's registry.
+        allow_unverified: serve models that the gate has not passed.
 
     Raises:
-        UserError: An address in MLflow's registry is none, or a model's name fits into no URL or is
-            not UTF-8.
+        UserError: A registry address is invalid, or a model name does not fit into a URL or is not
+            UTF-8.
     """
-    from mnist_batchnorm.serve.core.catalog import FileSource
-    from mnist_batchnorm.serve.registry.source import SCHEME, Address, RegisteredSource
-
-    files = list(words) or [str(MODELS / file) for file in SERVED.values()]
     sources: list[Source] = []
-    for number, word in enumerate(files):
-        name, equals, what = ("", "", word) if word.startswith(SCHEME) else word.partition("=")
-        if equals and (not name or "/" in name):
-            raise UserError(
-                f"{word}: got {name!r} before =, expected the model's name, without /; a file "
-                "whose path has a = goes behind one, NAME=FILE"
-            )
-        if what.startswith(SCHEME):
-            address = Address.parse(what)
+    for number, word in enumerate(words or [str(MODELS / file) for file in SERVED.values()]):
+        name, location = "", word
+        if "=" in word and not word.startswith(SCHEME):
+            name, _, location = word.partition("=")
+            if not name or "/" in name:
+                raise UserError(
+                    f"{word}: got {name!r} before =, expected the model's name, without /; a file "
+                    "whose path has a = goes behind one, NAME=FILE"
+                )
+        if location.startswith(SCHEME):
+            address = Address.parse(location)
+            name = name or address.model
             folder = state / "registry" / str(number)
-            source = RegisteredSource(name or address.model, address, folder, allow_unverified)
-            sources.append(source)
-            continue
-        path = Path(what if equals else word)
-        known = name if equals else NAMES.get(path.name, path.stem)
-        sources.append(FileSource(known, path, parity, allow_unverified))
-    for word, named in zip(files, sources, strict=True):
+            sources.append(RegisteredSource(name, address, folder, allow_unverified))
+        else:
+            path = Path(location)
+            name = name or NAMES.get(path.name, path.stem)
+            sources.append(FileSource(name, path, parity, allow_unverified))
         try:
-            named.name.encode()
+            name.encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{word}: got the name {named.name!r}, expected one in UTF-8; NAME=FILE gives a "
+                f"{word}: got the name {name!r}, expected one in UTF-8; NAME=FILE gives a "
                 "file another"
             ) from None
     return sources

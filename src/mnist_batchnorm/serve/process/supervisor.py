@@ -1,4 +1,4 @@
-"""Several processes that share a port."""
+"""Start worker processes that share a port, and replace those that die."""
 
 import multiprocessing
 import os
@@ -7,7 +7,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
@@ -15,141 +16,139 @@ from mnist_batchnorm.core.exit import status_of
 from mnist_batchnorm.serve.core.log import log
 from mnist_batchnorm.serve.core.metrics import forget
 from mnist_batchnorm.serve.core.settings import Settings
-from mnist_batchnorm.serve.process.listener import SETTLE
-from mnist_batchnorm.serve.process.shared_state import Roll
+from mnist_batchnorm.serve.core.shared_state import SharedState
+from mnist_batchnorm.serve.http.backlog import HANDSHAKE_S
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRACE = 3.0  # seconds beyond the workers' own deadline after which they are killed
-YOUNG = 5.0  # seconds; for one that dies sooner after its start there is none at once
-PAUSE = 1.0  # seconds until there is
-TICK = 0.5  # seconds between looks at the time
+SHUTDOWN_GRACE_S = 3.0  # beyond the workers' own deadline; then they are killed
+CRASH_LOOP_S = 5.0  # a worker that dies sooner after its start is restarted after a delay
+RESTART_DELAY_S = 1.0
+STARTUP_POLL_S = 0.02
+POLL_S = 0.5
 
 
-class Workers:
-    """Starts workers, and another for each that dies.
+@dataclass
+class WorkerSupervisor:
+    """Starts workers, and restarts those that die.
 
-    The first must serve before there are more, so what is wrong with a model is said once. This
-    process itself imports little and has one thread: ONNX Runtime has threads as soon as it is
-    imported, and is not to be forked then.
+    The others start once the first serves, so that a faulty model is reported once. This process
+    imports little and has one thread: ONNX Runtime starts threads when it is imported, and a
+    process with threads must not fork.
 
-    Args:
-        settings: how many, and how long they have to end.
-        listener: the port that they share.
-        roll: of those that serve.
-        work: what each does; gets a descriptor that ends when this process does, and returns an
-            exit status.
-        tend: what this process does now and then besides.
+    Attributes:
+        settings: number of workers and their time limits.
+        listener: the shared port.
+        state: shared state of the processes.
+        work: run in each worker with a descriptor that is closed when this process ends; returns
+            the worker's exit status.
+        on_tick: called at least every `POLL_S` seconds.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        listener: socket.socket,
-        roll: Roll,
-        work: Callable[[int], int],
-        tend: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.settings = settings
-        self.listener = listener
-        self.roll = roll
-        self.work = work
-        self.tend = tend
+    settings: Settings
+    listener: socket.socket
+    state: SharedState
+    work: Callable[[int], int]
+    on_tick: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
         self._context = multiprocessing.get_context("fork")
-        self._workers: dict[BaseProcess, float] = {}  # -> when it was started
-        self._due: list[float] = []  # when to start others
+        self._workers: dict[BaseProcess, float] = {}  # -> start time
+        self._restarts: list[float] = []  # times at which to start more
         self._served = False  # whether any worker ever has
-        self._deadline: float | None = None  # of the end, once it has begun
+        self._deadline: float | None = None  # of the shutdown, once it has begun
         self._status = 0
         # the system closes the second end however this process ends
-        self._life, self._own_life = os.pipe()
+        self._parent_end, self._own_end = os.pipe()
 
     def run(self) -> int:
-        """Work until SIGTERM or SIGINT; a second one ends it at once.
+        """Run the workers until SIGTERM or SIGINT; a second signal kills them.
 
         Returns:
-            The exit status: 0; that of a worker, where none could start; 1 where one had to be
-            killed; 128 and the signal where it was ended at once.
+            The exit status: 0; a worker's, if none could start; 1 if one had to be killed; 128 +
+            the second signal.
         """
-        with hear(SIGNALS) as signals:
-            self._start()
+        with signal_socket(SIGNALS) as signals:
+            self._start_worker()
             while self._workers or self._deadline is None:
-                wait([signals, *(worker.sentinel for worker in self._workers)], self._pause())
-                for number in heard(signals):
-                    self._end(number)
-                self._look_at_workers()
-                self._look_at_time()
-                self.tend()
+                wait([signals, *(worker.sentinel for worker in self._workers)], self._timeout())
+                for number in read_signals(signals):
+                    self._on_signal(number)
+                self._check_workers()
+                self._check_deadlines()
+                self.on_tick()
         log("stopped", pid=os.getpid())
         return self._status
 
-    def _pause(self) -> float:
+    def _timeout(self) -> float:
         if not self._served:
-            return 0.02
-        return max(0.0, min([TICK, *(due - time.monotonic() for due in self._due)]))
+            return STARTUP_POLL_S
+        now = time.monotonic()
+        return max(0.0, min([POLL_S, *(restart - now for restart in self._restarts)]))
 
-    def _start(self) -> None:
+    def _start_worker(self) -> None:
         # a signal that comes between the fork and the worker's own handlers waits
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        worker = self._context.Process(target=self._work)
+        worker = self._context.Process(target=self._run_worker)
         worker.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._workers[worker] = time.monotonic()
 
-    def _work(self) -> None:
+    def _run_worker(self) -> None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.close(self._own_life)
-        sys.exit(status_of(lambda: self.work(self._life)))
+        os.close(self._own_end)
+        sys.exit(status_of(lambda: self.work(self._parent_end)))
 
-    def _look_at_workers(self) -> None:
-        """Start the others once the first serves; replace those that died."""
+    def _check_workers(self) -> None:
         now = time.monotonic()
-        for worker, since in list(self._workers.items()):
-            serves = self.roll.serves(worker.pid or 0)
-            if serves and not self._served:
+        for worker, started in list(self._workers.items()):
+            pid = worker.pid or 0
+            if not self._served and self.state.serves(pid):
                 self._served = True
-                self._due = [now] * (self.settings.workers - 1)
+                self._restarts = [now] * (self.settings.workers - 1)
             if worker.exitcode is None:
                 continue
             del self._workers[worker]
-            self.roll.strike(worker.pid or 0)
-            forget(worker.pid or 0)
+            self.state.remove(pid)
+            forget(pid)
             if self._deadline is not None:
                 continue
-            if not self._served and worker.exitcode > 0:  # it has said why
+            if not self._served and worker.exitcode > 0:  # it has reported why
                 self._status = worker.exitcode
                 self._deadline = now
                 continue
-            log("worker died", "error", pid=worker.pid, status=worker.exitcode)
-            self._due.append(now if now - since > YOUNG else now + PAUSE)
+            log("worker died", "error", pid=pid, status=worker.exitcode)
+            self._restarts.append(now if now - started > CRASH_LOOP_S else now + RESTART_DELAY_S)
 
-    def _look_at_time(self) -> None:
+    def _check_deadlines(self) -> None:
         now = time.monotonic()
         if self._deadline is None:
-            while self._due and min(self._due) <= now:
-                self._due.remove(min(self._due))
-                self._start()
+            due = [restart for restart in self._restarts if restart <= now]
+            for restart in due:
+                self._restarts.remove(restart)
+                self._start_worker()
         elif now > self._deadline and self._workers:
             self._status = self._status or 1
             self._kill("it did not end in time")
 
-    def _end(self, number: int) -> None:
-        if self._deadline is None:
-            settings = self.settings
-            patience = settings.drain_delay + SETTLE + settings.drain + GRACE
-            self._deadline = time.monotonic() + patience
-            self.listener.close()  # only the workers' own copies keep the port open now
-            for worker in self._workers:
-                if worker.exitcode is None and worker.pid:
-                    os.kill(worker.pid, number)
-        else:
+    def _on_signal(self, number: int) -> None:
+        if self._deadline is not None:
             self._status = 128 + number
             self._kill("a second signal")
+            return
+        limits = self.settings
+        self._deadline = time.monotonic() + (
+            limits.drain_delay + HANDSHAKE_S + limits.drain + SHUTDOWN_GRACE_S
+        )
+        self.listener.close()  # only the workers' own copies keep the port open now
+        for worker in self._workers:
+            if worker.exitcode is None and worker.pid:
+                os.kill(worker.pid, number)
 
     def _kill(self, why: str) -> None:
         for worker in self._workers:
@@ -159,27 +158,24 @@ class Workers:
 
 
 @contextmanager
-def hear(numbers: tuple[signal.Signals, ...]) -> Iterator[socket.socket]:
-    """Yield a socket in which the numbers of signals arrive, a byte each."""
-    ear, mouth = socket.socketpair()
-    for end in (ear, mouth):
-        end.setblocking(False)
-    signal.set_wakeup_fd(mouth.fileno())
-    for number in numbers:
-        signal.signal(number, lambda *_: None)
-    try:
-        yield ear
-    finally:
+def signal_socket(numbers: tuple[signal.Signals, ...]) -> Iterator[socket.socket]:
+    """Yield a socket that receives the number of each signal as a byte."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # it ends already
-        signal.set_wakeup_fd(-1)
-        ear.close()
-        mouth.close()
+            signal.signal(number, lambda *_: None)
+        try:
+            yield reader
+        finally:
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)  # it ends already
+            signal.set_wakeup_fd(-1)
 
 
-def heard(signals: socket.socket) -> bytes:
-    """Return the numbers of the signals that came."""
-    try:
+def read_signals(signals: socket.socket) -> bytes:
+    with suppress(BlockingIOError):
         return signals.recv(64)
-    except BlockingIOError:
-        return b""
+    return b""

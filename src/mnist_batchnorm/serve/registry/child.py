@@ -1,12 +1,12 @@
-"""The child process of a server that serves from MLflow's registry: it alone talks to MLflow.
+"""The process of a server that talks to MLflow, so that the server itself never imports it.
 
-``python -m mnist_batchnorm.serve.registry.child`` reads its `Order` as a line of JSON from standard input,
-fetches what that names, says on standard output how that went, and follows the registry until its
-standard input closes, as it does however the server ends.
+``python -m mnist_batchnorm.serve.registry.child`` reads one request from standard input, fetches
+the versions it names, answers on standard output whether that worked, and polls the registry until
+its standard input closes, which happens however the server ends.
 """
 
+import contextlib
 import gc
-import json
 import logging
 import os
 import shutil
@@ -14,47 +14,62 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from mnist_batchnorm.core.child import MessageReader, messages_to_parent
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.files import write_bytes
 from mnist_batchnorm.core.paths import repository
 from mnist_batchnorm.mlflow_sync.artifacts import SHA256_TAG
+from mnist_batchnorm.mlflow_sync.connection import describe_error, import_mlflow
 from mnist_batchnorm.mlflow_sync.registry_mirror import VERSION_TAG
-from mnist_batchnorm.mlflow_sync.run_store import import_mlflow, trouble
-from mnist_batchnorm.mlflow_sync.uri import database, tracking_uri, without_password
+from mnist_batchnorm.mlflow_sync.uri import database_path, tracking_uri, without_password
 from mnist_batchnorm.serve.core.log import log
-from mnist_batchnorm.serve.registry.source import REPORT, Address, Current, Fetched
+from mnist_batchnorm.serve.registry.source import (
+    REPORT,
+    Address,
+    Current,
+    Fetched,
+    RegisteredSource,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-RETRY = 60.0  # seconds after which a refused version is fetched again: its run may be reported now
+RETRY_REFUSED_S = 60.0  # its run may have a report by then
 STORE_REPLACED = 75  # exit status, EX_TEMPFAIL
-# error codes of MLflow for what is not there; an unknown alias is an invalid value
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+# MLflow's error codes for missing entities; an unknown alias is an invalid value
+NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 class AbsentError(Exception):
-    """MLflow answers, and says that there is no such thing."""
+    """MLflow has no such model, alias, version or run."""
 
 
 class StoreReplacedError(Exception):
-    """The database's file is another than the one that this process has open."""
+    """The database's path leads to another file than the one this process has open."""
+
+
+@contextlib.contextmanager
+def translating_not_found() -> Iterator[None]:
+    """Translate MLflow's "not found" errors into an `AbsentError`."""
+    try:
+        yield
+    except Exception as error:
+        code = getattr(error, "error_code", None)
+        if code not in NOT_FOUND_CODES:
+            raise
+        text = str(error).removeprefix(f"{code}: ")
+        raise AbsentError(text.splitlines()[0].rstrip(".")) from None
 
 
 class Registry:
-    """MLflow's registry, read only; connects when it is first asked.
-
-    Attributes:
-        root: the folder of the default store.
-        uri: where MLflow stores.
-    """
+    """MLflow's model registry, read only; connects at the first request."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,36 +77,31 @@ class Registry:
         self._client: MlflowClient | None = None
         self._file: tuple[int, int] | None = None
 
+    @translating_not_found()
     def find(self, address: Address) -> "ModelVersion":
-        """Look a version up: one request.
-
-        Raises:
-            AbsentError: There is no such model, alias or version.
-            UserError: There is no database.
-            StoreReplacedError: There is another one.
-            Exception: whatever MLflow raises for a store that is not usable.
-        """
+        """Return the version that an address means, in one request."""
         client = self._connected()
-        from mlflow.exceptions import MlflowException
-
-        try:
-            if address.alias:
-                return client.get_model_version_by_alias(address.model, address.alias)
-            return client.get_model_version(address.model, address.number)
-        except MlflowException as error:
-            raise _absent(error) from None
+        if address.alias:
+            return client.get_model_version_by_alias(address.model, address.alias)
+        return client.get_model_version(address.model, address.number)
 
     def _connected(self) -> "MlflowClient":
-        file = self._identity()
+        file = self._database_id()
         if not self._client:
-            self._client = self._connect()
+            import_mlflow()
+            import mlflow
+            from mlflow.tracking import MlflowClient
+
+            mlflow.set_tracking_uri(self.uri)  # for functions without a client: those of artifacts
+            registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or self.uri
+            self._client = MlflowClient(self.uri, registry_uri)
             self._file = file
         elif file != self._file:
             raise StoreReplacedError
         return self._client
 
-    def _identity(self) -> tuple[int, int] | None:
-        local = database(self.root)
+    def _database_id(self) -> tuple[int, int] | None:
+        local = database_path(self.root)
         if not local:
             return None
         try:
@@ -101,48 +111,26 @@ class Registry:
             raise UserError(problem) from None
         return found.st_dev, found.st_ino
 
-    def _connect(self) -> "MlflowClient":
-        import_mlflow()
-        import mlflow
-        from mlflow.tracking import MlflowClient
-
-        mlflow.set_tracking_uri(self.uri)  # for what looks at no client: the artefacts
-        return MlflowClient(self.uri, os.environ.get("MLFLOW_REGISTRY_URI") or self.uri)
-
-    def fetch(self, version: "ModelVersion", folder: Path) -> Fetched:
-        """Fetch a version's ONNX file and its run's report into a folder of their own.
-
-        Raises:
-            CheckFailedError: The version holds no ONNX file, or other bytes than it says.
-            Exception: whatever MLflow raises for a store that is not usable.
-        """
+    def fetch(self, version: "ModelVersion", source: RegisteredSource) -> Fetched:
+        """Download a version's ONNX file and its run's parity report into the source's folder."""
         number = str(version.version)
         content = self._onnx(version)
-        digest, said = sha256(content).hexdigest(), version.tags.get(SHA256_TAG, "")
-        if said not in ("", digest):
+        digest, registered = sha256(content).hexdigest(), version.tags.get(SHA256_TAG, "")
+        if registered not in ("", digest):
             raise CheckFailedError(
-                f"its file was altered: SHA-256 {digest}, but it was registered as {said}"
+                f"its file was altered: SHA-256 {digest}, but it was registered as {registered}"
             )
-        known = version.tags.get(VERSION_TAG, "")
-        place = folder / number
         report, unreported = self._report(version.run_id)
-        fetched = Fetched(
-            number=number,
-            version=known if known.isdecimal() else number,
-            sha256=digest,
-            onnx=place / "model.onnx",
-            parity=place / REPORT,
-            unreported=unreported,
-        )
-        shutil.rmtree(place, ignore_errors=True)  # from when it was fetched before
-        write_bytes(fetched.onnx, content)
+        onnx = source.onnx(number)
+        shutil.rmtree(onnx.parent, ignore_errors=True)  # of an earlier fetch
+        write_bytes(onnx, content)
         if report is not None:
-            write_bytes(fetched.parity, report)
-        return fetched
+            write_bytes(source.parity(number), report)
+        ledger_version = version.tags.get(VERSION_TAG, "")
+        seen_version = ledger_version if ledger_version.isdecimal() else number
+        return Fetched(number, seen_version, digest, unreported)
 
     def _onnx(self, version: "ModelVersion") -> bytes:
-        from mlflow.exceptions import MlflowException
-
         if version.status != "READY":
             raise CheckFailedError(f"MLflow says that it is {version.status}")
         uri = f"models:/{version.name}/{version.version}"
@@ -151,226 +139,149 @@ class Registry:
             if len(files) != 1:
                 raise CheckFailedError(f"it holds {len(files)} ONNX files, expected 1")
             return self._download(artifact_uri=f"{uri}/{files[0]}")
-        except MlflowException as error:
-            raise CheckFailedError(f"its model cannot be had: {_absent(error)}") from None
+        except AbsentError as error:
+            raise CheckFailedError(f"its model cannot be had: {error}") from None
 
     def _report(self, run_id: str | None) -> tuple[bytes | None, str | None]:
-        """Return the gate's report that a run keeps, or why there is none."""
-        from mlflow.exceptions import MlflowException
-
         if not run_id:
             return None, "it belongs to no run, so there is no report of the gate"
         try:
             if REPORT in self._list(run_id=run_id):
                 return self._download(run_id=run_id, artifact_path=REPORT), None
-        except MlflowException as error:
-            return None, f"its run {run_id} cannot be had: {_absent(error)}"
+        except AbsentError as error:
+            return None, f"its run {run_id} cannot be had: {error}"
         return None, f"its run {run_id} has no {REPORT}, the gate's report"
 
-    def _list(self, **what: str) -> list[str]:
+    @translating_not_found()
+    def _list(self, **location: str) -> list[str]:
         from mlflow.artifacts import list_artifacts
 
-        return [found.path for found in list_artifacts(tracking_uri=self.uri, **what)]
+        return [found.path for found in list_artifacts(tracking_uri=self.uri, **location)]
 
-    def _download(self, **what: str) -> bytes:
+    @translating_not_found()
+    def _download(self, **location: str) -> bytes:
         from mlflow.artifacts import download_artifacts
 
         with tempfile.TemporaryDirectory() as folder:
-            path = download_artifacts(dst_path=folder, tracking_uri=self.uri, **what)
+            path = download_artifacts(dst_path=folder, tracking_uri=self.uri, **location)
             return Path(path).read_bytes()
 
 
-def _absent(error: Exception) -> Exception:
-    """Return an `AbsentError` if MLflow's error says that there is no such thing, else raise it."""
-    if getattr(error, "error_code", None) not in ABSENT:
-        raise error
-    text = str(error).removeprefix(f"{getattr(error, 'error_code', '')}: ")
-    return AbsentError(text.splitlines()[0].rstrip("."))
-
-
 @dataclass
-class Follower:
-    """Keeps one source's folder at what its address means.
+class SourceUpdater:
+    """Keeps a source's folder at the version that its address means."""
 
-    Attributes:
-        name: that it is served as.
-        address: which version.
-        folder: for its files.
-        allow_unverified: whether the server serves what is not proven.
-    """
+    source: RegisteredSource
+    _refused: tuple[str, float] = ("", 0.0)  # the version refused last, and when
+    _logged_state: str = "back"
 
-    name: str
-    address: Address
-    folder: Path
-    allow_unverified: bool
-    _tried: tuple[str, float] = ("", 0.0)  # the version that was refused last, and when
-    _trouble: str = ""  # its kind; none: all is well
+    @property
+    def address(self) -> Address:
+        return self.source.address
 
-    def look(self, registry: Registry) -> None:
-        """Fetch the version that the address means, unless it has been.
-
-        Raises:
-            AbsentError: There is none.
-            Exception: whatever MLflow raises for a store that is not usable.
-        """
-        version = registry.find(self.address)
-        current, number = Current.read(self.folder), str(version.version)
+    def update(self, registry: Registry) -> None:
+        """Fetch the version that the address means, unless it has been."""
+        version, folder = registry.find(self.address), self.source.folder
+        current, number = Current.read(folder), str(version.version)
         if current.fetched and current.fetched.number == number:
-            if current.refused:  # the address means the one before again
-                Current(current.fetched).write(self.folder)
+            if current.refused:  # the alias has moved back to the version that is served
+                Current(current.fetched).write(folder)
             return
-        refused, at = self._tried
-        if refused == number and time.monotonic() - at < RETRY:
+        refused, at = self._refused
+        if refused == number and time.monotonic() - at < RETRY_REFUSED_S:
             return
         try:
-            fetched = registry.fetch(version, self.folder)
-            fetched.load(self.name, self.address, allow_unverified=self.allow_unverified)
+            fetched = registry.fetch(version, self.source)
+            self.source.load_version(fetched)
         except (CheckFailedError, UserError) as error:
-            self._tried = number, time.monotonic()
-            self._refuse(current, number, str(error))
+            self._refused = number, time.monotonic()
+            why = str(error)
+            if not why.startswith(str(self.address)):
+                why = f"{self.address} (version {number} in MLflow) is not served: {why}"
+            if current.refused != why:
+                Current(current.fetched, why).write(folder)
             return
-        Current(fetched).write(self.folder)
+        Current(fetched).write(folder)
         log("fetched", source=str(self.address), number=number, sha256=fetched.sha256)
-        self._clean(fetched, current.fetched)
+        kept = {each.number for each in (fetched, current.fetched) if each}
+        for old in folder.iterdir():
+            if old.is_dir() and old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def _refuse(self, current: Current, number: str, why: str) -> None:
-        """Say so, which the server logs and counts."""
-        if not why.startswith(str(self.address)):
-            why = f"{self.address} (version {number} in MLflow) is not served: {why}"
-        if current.refused != why:
-            Current(current.fetched, why).write(self.folder)
-
-    def _clean(self, *kept: Fetched | None) -> None:
-        numbers = {one.number for one in kept if one}
-        for place in self.folder.iterdir():
-            if place.is_dir() and place.name not in numbers:
-                shutil.rmtree(place, ignore_errors=True)
-
-    def follow(self, registry: Registry) -> None:
-        """Look, and log once that it cannot be done, and that it can be again.
-
-        Raises:
-            StoreReplacedError: The database is another one.
-        """
+    def try_update(self, registry: Registry) -> tuple[str, str]:
+        """Call `update`; return the registry's state, back, absent or away, and the reason."""
         try:
-            self.look(registry)
+            self.update(registry)
         except StoreReplacedError:
             raise
         except AbsentError as error:
-            self._say("absent", str(error))
+            return "absent", str(error)
         except UserError as error:
-            self._say("away", str(error))
+            return "away", str(error)
         except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
-            self._say("away", trouble(error, registry.root))
+            return "away", describe_error(error, registry.root)
+        return "back", ""
+
+    def poll(self, registry: Registry) -> None:
+        """Call `try_update`; log once when it fails and once when it works again."""
+        state, why = self.try_update(registry)
+        if state == self._logged_state:
+            return
+        self._logged_state, source = state, str(self.address)
+        if state == "back":
+            log("registry back", source=source)
         else:
-            if self._trouble:
-                self._trouble = ""
-                log("registry back", source=str(self.address))
-
-    def _say(self, kind: str, why: str) -> None:
-        if self._trouble != kind:
-            self._trouble = kind
-            log(f"registry {kind}", "warning", source=str(self.address), why=without_password(why))
+            log(f"registry {state}", "warning", source=source, why=without_password(why))
 
 
-@dataclass(frozen=True)
-class Order:
-    """What the server asks of this process.
-
-    Attributes:
-        sources: name, address and folder of each.
-        allow_unverified: whether the server serves what is not proven.
-        period: seconds between looks; 0: there is only the first.
-        starting: whether the server waits for the first look, and cannot start without.
-    """
-
-    sources: Sequence[tuple[str, str, str]]
-    allow_unverified: bool
-    period: float
-    starting: bool
-
-    def followers(self) -> list[Follower]:
-        """Make what follows each source."""
-        return [
-            Follower(name, Address.parse(address), Path(folder), self.allow_unverified)
-            for name, address, folder in self.sources
-        ]
-
-
-def first_look(followers: Sequence[Follower], registry: Registry) -> None:
-    """Fetch what every source means.
-
-    Raises:
-        UserError: The store is away, or there is no such model, alias or version.
-    """
-    for follower in followers:
-        try:
-            follower.look(registry)
-        except UserError:
-            raise
-        except AbsentError as error:
-            raise UserError(
-                f"no {follower.address} in MLflow at {without_password(registry.uri)}: {error}"
-            ) from None
-        except Exception as error:  # noqa: BLE001 - a plug-in's errors have no common base
-            raise UserError(trouble(error, registry.root)) from None
-
-
-def follow(followers: Sequence[Follower], registry: Registry, period: float) -> NoReturn:
-    """Look again and again.
-
-    Raises:
-        StoreReplacedError: The database is another one.
-    """
-    while True:
-        for follower in followers:
-            follower.follow(registry)
-        time.sleep(period)
+def fetch_all(updaters: Sequence[SourceUpdater], registry: Registry) -> str | None:
+    """Fetch the version that each source's address means; return what went wrong, if anything."""
+    for updater in updaters:
+        state, why = updater.try_update(registry)
+        if state == "absent":
+            return f"no {updater.address} in MLflow at {without_password(registry.uri)}: {why}"
+        if state == "away":
+            return why
+    return None
 
 
 def main() -> int:
-    """Do what standard input asks for, until it closes.
-
-    Returns:
-        The exit status.
-    """
-    order = Order(**json.loads(received_line()))
-    threading.Thread(target=end_with_server, daemon=True).start()
-    logging.disable()  # the exceptions tell all that libraries would
-    registry, followers = Registry(repository()), order.followers()
-    if order.starting:
-        problem = None
-        try:
-            first_look(followers, registry)
-        except UserError as error:
-            problem = str(error)
-        print(json.dumps(problem), flush=True)  # noqa: T201 - the server's end of the pipe reads it
-        if problem or not order.period:
+    """Serve the request on standard input until the server closes it; return the exit status."""
+    messages = iter(MessageReader(0))
+    received = next(messages, None)
+    if not received:  # the server has ended already
+        return 0
+    (request,) = received
+    threading.Thread(target=exit_with_server, args=[messages], daemon=True).start()
+    logging.disable()  # the exceptions contain what libraries would log
+    registry = Registry(repository())
+    updaters = [
+        SourceUpdater(RegisteredSource(name, Address.parse(address), Path(folder), unverified))
+        for name, address, folder, unverified in request["sources"]
+    ]
+    if request["starting"]:
+        with messages_to_parent() as send:
+            problem = fetch_all(updaters, registry)
+            send(problem)
+        if problem or not request["period"]:
             return 0
     gc.enable()
     gc.freeze()
-    # what a number means does not change
-    moving = [one for one in followers if one.address.alias]
+    # a version number always means the same version
+    by_alias = [updater for updater in updaters if updater.address.alias]
     try:
-        follow(moving, registry, order.period)
+        while True:
+            for updater in by_alias:
+                updater.poll(registry)
+            time.sleep(request["period"])
     except StoreReplacedError:
         log("registry replaced", "warning", uri=without_password(registry.uri))
         return STORE_REPLACED
 
 
-def received_line() -> bytes:
-    """Read the first line of standard input, and nothing past it."""
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (byte := os.read(0, 1)):
-            os._exit(0)  # the server has ended already
-        line += byte
-    return line
-
-
-def end_with_server() -> None:
-    """End this process as soon as the server's end of standard input is closed."""
-    while os.read(0, 1 << 10):
+def exit_with_server(messages: Iterator[object]) -> None:
+    """End this process as soon as the server closes its end of standard input."""
+    for _ in messages:
         pass
     os._exit(0)
 
@@ -379,8 +290,8 @@ if __name__ == "__main__":
     gc.disable()  # a fifth of the time that MLflow takes to import; see cli.py
     try:
         status = main()
-    except Exception as error:  # noqa: BLE001 - a traceback would be no line of the log
+    except Exception as error:  # noqa: BLE001 - a traceback would not be a line of the log
         log("failed", "error", doing="follow MLflow's registry", why=without_password(repr(error)))
         status = 1
     sys.stderr.flush()
-    os._exit(status)  # nothing is left to do, and MLflow takes a while to end in good order
+    os._exit(status)  # nothing is left to do, and MLflow takes a while to shut down

@@ -1,6 +1,6 @@
-"""Models of MLflow's registry, as the child process `fetch` lays them down for the server.
+"""Models of MLflow's registry as the server loads them, from files that `registry.child` fetched.
 
-For each source a folder holds the fetched versions and ``current.json``, which says what of them to
+Each source has a folder with the fetched versions and ``current.json``, which names the one to
 serve. Nothing here imports MLflow.
 """
 
@@ -8,8 +8,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from mnist_batchnorm.artifacts.parity_report import why_unproven
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.files import write_json
 from mnist_batchnorm.serve.core import models
@@ -18,19 +19,19 @@ from mnist_batchnorm.serve.core.models import Model
 
 SCHEME = "models:/"
 CURRENT = "current.json"
-REPORT = "parity.json"  # the gate's report, as the run of a version keeps it
-# of a model's name MLflow forbids / and :, an alias is of letters, digits, _ and -
+REPORT = "parity.json"  # the gate's report among the artifacts of a version's run
+# MLflow forbids / and : in a model's name; an alias consists of letters, digits, _ and -
 URI = re.compile(r"models:/(?P<model>[^/:@]+)(@(?P<alias>[\w-]+)|/(?P<number>[1-9][0-9]*))")
 
 
 @dataclass(frozen=True)
 class Address:
-    """Which version of a registered model is meant.
+    """MLflow's URI of a registered model's version, by alias or by number.
 
     Attributes:
-        model: its name in MLflow.
-        alias: that points at the version; None: the number says it.
-        number: the version, as MLflow counts; None: the alias says it.
+        model: name in MLflow.
+        alias: None if the version is given by its number.
+        number: MLflow's version number; None if the version is given by an alias.
     """
 
     model: str
@@ -53,7 +54,6 @@ class Address:
         return cls(**found.groupdict())
 
     def __str__(self) -> str:
-        """Return it as it was read."""
         which = f"@{self.alias}" if self.alias else f"/{self.number}"
         return f"{SCHEME}{self.model}{which}"
 
@@ -63,95 +63,41 @@ class Fetched:
     """A version whose files have been fetched.
 
     Attributes:
-        number: as MLflow counts.
-        version: that clients see: the ledger's number, where MLflow knows it, else MLflow's.
-        sha256: of the ONNX file.
-        onnx: where that lies.
-        parity: where the gate's report of its run lies, or would.
-        unreported: why there is no such report; None: there is one.
+        number: MLflow's version number.
+        version: the version clients see: the ledger's number if MLflow has it, else MLflow's.
+        sha256: hash of the ONNX file.
+        unreported: why its run has no parity report; None if it has one.
     """
 
     number: str
     version: str
     sha256: str
-    onnx: Path
-    parity: Path
     unreported: str | None
-
-    def load(self, name: str, address: Address, *, allow_unverified: bool) -> Model:
-        """Load it, if the report is about these very bytes and passed them; see `models.load`.
-
-        Raises:
-            UserError: It is not a model with this project's interface.
-            CheckFailedError: It is not proven.
-        """
-        what = f"{address} (version {self.number} in MLflow)"
-
-        def checked(problem: str | None) -> str | None:
-            if not problem:
-                return None
-            problem = problem.replace(str(self.parity), f"its run's {REPORT}")
-            if not allow_unverified:
-                raise CheckFailedError(
-                    f"{what} is not served: {problem}; run `mnist-bn sync` where it was verified, "
-                    "or take the risk with --allow-unverified"
-                )
-            return problem
-
-        problem = checked(self.unreported or models.why_unproven(self.sha256, self.parity))
-        try:
-            model = models.load(name, self.onnx, self.parity, self.version, allow_unverified=True)
-        except UserError as error:
-            raise UserError(str(error).replace(str(self.onnx), what)) from None
-        return replace(model, unproven=problem or checked(model.unproven))
 
 
 @dataclass(frozen=True)
 class Current:
-    """What of a source to serve.
+    """The content of ``current.json``: which version of a source to serve."""
 
-    Attributes:
-        fetched: the version; None: none was fit so far.
-        refused: why the version that the address means now is not that one; None: it is.
-    """
-
-    fetched: Fetched | None = None
-    refused: str | None = None
+    fetched: Fetched | None = None  # None: no version was accepted so far
+    refused: str | None = None  # why the version that the address means now is not served
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read what a source's folder says; nothing, where nothing has been fetched."""
         try:
-            content: dict[str, Any] = json.loads((folder / CURRENT).read_bytes())
+            content = json.loads((folder / CURRENT).read_bytes())
         except FileNotFoundError:
             return cls()
-        there = content["fetched"]
-        if there is None:
-            return cls(None, content["refused"])
-        paths = {name: Path(there[name]) for name in ("onnx", "parity")}
-        return cls(Fetched(**there | paths), content["refused"])
+        fetched = content["fetched"]
+        return cls(fetched and Fetched(**fetched), content["refused"])
 
     def write(self, folder: Path) -> None:
-        """Put it in place of what the folder says."""
-        content = asdict(self)
-        if self.fetched:
-            content["fetched"] |= {
-                "onnx": str(self.fetched.onnx),
-                "parity": str(self.fetched.parity),
-            }
-        write_json(folder / CURRENT, content)
+        write_json(folder / CURRENT, asdict(self))
 
 
 @dataclass
 class RegisteredSource:
-    """A model of MLflow's registry.
-
-    Attributes:
-        name: that it is served as.
-        address: which version.
-        folder: where `fetch` lays it down.
-        allow_unverified: serve it whatever the report says.
-    """
+    """A served model of MLflow's registry."""
 
     name: str
     address: Address
@@ -160,24 +106,50 @@ class RegisteredSource:
     _loaded: bool = field(init=False, default=False)
 
     def state(self) -> State:
-        """Return what differs as soon as `fetch` has said something new."""
         return stamp(self.folder / CURRENT)
 
-    def load(self) -> Model:
-        """Load the version that the address means; in a new process, the last one that was fit.
+    def onnx(self, number: str) -> Path:
+        return self.folder / number / "model.onnx"
 
-        Raises:
-            UserError: Nothing was fetched, or it is not a model with this project's interface.
-            CheckFailedError: It is not fit to be served.
-        """
+    def parity(self, number: str) -> Path:
+        return self.folder / number / REPORT
+
+    def load(self) -> Model:
+        """Load the version that the address means; in a new process, the last accepted one."""
         current = Current.read(self.folder)
-        # a process that starts anew has nothing else to go on with
+        # a new process has no earlier version to keep serving
         if current.refused and (self._loaded or not current.fetched):
             raise CheckFailedError(current.refused)
         if not current.fetched:
             raise UserError(f"{self.address} has not been fetched from MLflow")
-        model = current.fetched.load(
-            self.name, self.address, allow_unverified=self.allow_unverified
-        )
+        model = self.load_version(current.fetched)
         self._loaded = True
         return model
+
+    def load_version(self, fetched: Fetched) -> Model:
+        """Load a version if its report proves these bytes; see `models.load`.
+
+        Raises:
+            UserError: The file is not a model with this project's interface.
+            CheckFailedError: The model is not proven.
+        """
+        label = f"{self.address} (version {fetched.number} in MLflow)"
+        onnx, parity = self.onnx(fetched.number), self.parity(fetched.number)
+
+        def checked(problem: str | None) -> str | None:
+            if not problem:
+                return None
+            problem = problem.replace(str(parity), f"its run's {REPORT}")
+            if not self.allow_unverified:
+                raise CheckFailedError(
+                    f"{label} is not served: {problem}; run `mnist-bn sync` where it was verified, "
+                    "or take the risk with --allow-unverified"
+                )
+            return problem
+
+        problem = checked(fetched.unreported or why_unproven(fetched.sha256, parity))
+        try:
+            model = models.load(self.name, onnx, parity, fetched.version, allow_unverified=True)
+        except UserError as error:
+            raise UserError(str(error).replace(str(onnx), label)) from None
+        return replace(model, unproven=problem or checked(model.unproven))

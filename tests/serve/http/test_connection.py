@@ -1,6 +1,5 @@
-"""The server against clients that are wrong, slow, strange or hostile, byte for byte."""
+"""Connections against clients that are wrong, slow, strange or hostile, byte for byte."""
 
-import asyncio
 import gzip
 import json
 import socket
@@ -16,148 +15,25 @@ import numpy as np
 import pytest
 
 from mnist_batchnorm.parity import runtime
-from mnist_batchnorm.serve.core.catalog import Catalog
-from mnist_batchnorm.serve.core.metrics import Metrics
-from mnist_batchnorm.serve.core.models import Model
-from mnist_batchnorm.serve.core.protocol import Float32
-from mnist_batchnorm.serve.core.settings import Settings
-from mnist_batchnorm.serve.http.app import App, Scope
-from mnist_batchnorm.serve.http.body import Message
 from tests.support import serving
-from tests.support.bodies import (
-    FLOAT,
-    GONE,
-    PIXELS,
-    REFUSED,
-    TAKEN,
-    Refused,
-    Taken,
-    bytes_tensor,
-    request,
-    tensor,
+from tests.support.bodies import FLOAT, MISSING, request, tensor
+from tests.support.raw_http import (
+    GOOD,
+    INFER,
+    MEGABYTE,
+    TIMEOUT_S,
+    Answer,
+    Client,
+    chunked,
+    good,
+    http,
+    zeros,
 )
-from tests.support.serving import NETWORK, Server
+from tests.support.serving import Server, network
 
-INFER = "/v2/models/mnist-bn/infer"
-PATIENCE = 60.0  # seconds; the machine may be busy
 LIMIT = 32 << 20  # bytes of a body, the server's default
 SLOW = 2.0  # seconds after which `hasty` gives up
-MEGABYTE = 1 << 20
-
-
-def http(
-    body: bytes = b"",
-    *fields: str,
-    method: str = "POST",
-    path: str = INFER,
-    version: str = "HTTP/1.1",
-    length: bool = True,
-) -> bytes:
-    """A request, byte for byte; with the body's length unless told not."""
-    lines = [f"{method} {path} {version}", "Host: localhost", *fields]
-    if length:
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n", fields: tuple[str, ...] = ()) -> bytes:
-    """A request whose body comes in chunks."""
-    body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
-    return http(body + end, "Transfer-Encoding: chunked", *fields, length=False)
-
-
-GOOD = http(request())
 HOST = b"Host: localhost\r\n"
-
-
-def zeros(rows: int, *fields: str) -> bytes:
-    """A request of many images, as pixels."""
-    body = request(bytes_tensor(shape=[rows, PIXELS], data="HERE"))
-    return http(body.replace(b'"HERE"', b"[%b0]" % (b"0," * (rows * PIXELS - 1))), *fields)
-
-
-@dataclass
-class Answer:
-    """What came back.
-
-    Attributes:
-        status: of HTTP.
-        fields: of its head; names in small letters.
-        body: in bytes.
-    """
-
-    status: int
-    fields: dict[str, str]
-    body: bytes
-
-    @property
-    def last(self) -> bool:
-        """Whether it says that it is the connection's last."""
-        return self.fields.get("connection") == "close"
-
-    @property
-    def error(self) -> str:
-        """What is wrong; fails unless that is all that the answer holds."""
-        assert self.fields["content-type"] == "application/json"
-        content = json.loads(self.body)
-        assert list(content) == ["error"]
-        text: str = content["error"]
-        return text
-
-
-class Client:
-    """A connection."""
-
-    def __init__(self, server: Server) -> None:
-        self.socket = socket.create_connection(server.address, timeout=PATIENCE)
-        self._stream = self.socket.makefile("rb")
-
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Hang up."""
-        self._stream.close()
-        self.socket.close()
-
-    def send(self, content: bytes) -> None:
-        """Send bytes, as far as the server takes them."""
-        with suppress(ConnectionError):  # it may have answered and hung up: the answer tells
-            self.socket.sendall(content)
-
-    def answer(self, *, body: bool = True) -> Answer:
-        """Read the next answer; fails if there is none."""
-        line = self._stream.readline()
-        assert line, "the server hung up without an answer"
-        version, status, _ = line.decode("ascii").split(" ", 2)
-        assert version == "HTTP/1.1"
-        fields = {}
-        while (line := self._stream.readline()) != b"\r\n":
-            name, _, value = line.decode("ascii").partition(": ")
-            assert name not in fields
-            fields[name.lower()] = value.removesuffix("\r\n")
-        size = int(fields.get("content-length", 0)) if body else 0
-        return Answer(int(status), fields, self._stream.read(size))
-
-    def ask(self, content: bytes) -> Answer:
-        """Send a request and read its answer."""
-        self.send(content)
-        return self.answer()
-
-    def ended(self) -> bool:
-        """Wait until the server hangs up; fails if it sends anything before, or resets."""
-        return self._stream.read(1) == b""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a server needs."""
-    folder = tmp_path_factory.mktemp("edges") / "project"
-    serving.lay(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +65,12 @@ def hasty(folder: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def logits() -> np.ndarray:
     """What the model gives for the good request."""
-    return runtime.load(NETWORK.graph(folded=False)).run(FLOAT)
-
-
-def good(server: Server) -> bool:
-    """Whether a server answers a good request on a new connection."""
-    with Client(server) as client:
-        return client.ask(GOOD).status == 200
+    return runtime.load(network().graph(folded=False)).run(FLOAT)
 
 
 def eventually(server: Server) -> None:
     """Wait until a server answers good requests."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT_S
     while not good(server):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -211,62 +81,6 @@ def well(answer: Answer, logits: np.ndarray) -> None:
     assert answer.status == 200
     (output,) = json.loads(answer.body)["outputs"]
     np.testing.assert_array_equal(np.array(output["data"], np.float32), logits[0])
-
-
-# --- bodies -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def kept(server: Server) -> Iterator[Client]:
-    """A connection that outlives what is wrong with one request."""
-    with Client(server) as client:
-        yield client
-
-
-def fields_of(case: Refused | Taken) -> tuple[str, ...]:
-    length = case.json_length
-    return () if length is None else (f"Inference-Header-Content-Length: {length}",)
-
-
-def of_a_length(case: Refused | Taken) -> bytes:
-    return http(case.body, *fields_of(case))
-
-
-def in_chunks(case: Refused | Taken) -> bytes:
-    """As the server reads it bit by bit."""
-    chunks = filter(None, (case.body[:9], case.body[9:]))
-    return chunked(*chunks, fields=fields_of(case))
-
-
-framings = pytest.mark.parametrize("framed", [of_a_length, in_chunks])
-
-
-@framings
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
-def test_a_wrong_body_is_refused_and_the_connection_goes_on(
-    kept: Client,
-    case: Refused,
-    framed: Callable[[Refused | Taken], bytes],
-    logits: np.ndarray,
-) -> None:
-    answer = kept.ask(framed(case))
-    assert answer.status == case.status
-    assert case.says in answer.error
-    assert not answer.last
-    well(kept.ask(GOOD), logits)
-
-
-@framings
-@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.what)
-def test_an_odd_body_is_answered(
-    kept: Client, case: Taken, framed: Callable[[Refused | Taken], bytes]
-) -> None:
-    answer = kept.ask(framed(case))
-    assert answer.status == 200
-    (output,) = json.loads(answer.body)["outputs"]
-    expected = runtime.load(NETWORK.graph(folded=False)).run(case.images)
-    assert output["shape"] == list(expected.shape)
-    np.testing.assert_array_equal(np.array(output["data"], np.float32), expected.ravel())
 
 
 # --- heads, encodings, paths, methods -----------------------------------------------------------
@@ -292,10 +106,7 @@ class Wrong:
 
 
 NO_HTTP = "the request is not HTTP/1.1"
-ZIPPED, DEFLATED = gzip.compress(request()), zlib.compress(request())
-bare = zlib.compressobj(wbits=-15)
-BARE = bare.compress(request()) + bare.flush()
-BOMB = gzip.compress(bytes(64 * MEGABYTE), 1)
+ZIPPED, DEFLATED = gzip.compress(request(), mtime=0), zlib.compress(request())
 
 
 def encoded(what: str, body: bytes, encoding: str, says: str, status: int = 400) -> Wrong:
@@ -345,22 +156,7 @@ def foreign(origin: str) -> Wrong:
 
 WRONG = [
     encoded("gzip cut", ZIPPED[:-20], "gzip", "the body is not one whole gzip stream"),
-    encoded("gzip without its end", ZIPPED[:-1], "gzip", "the body is not one whole gzip stream"),
-    encoded("gzip and more", ZIPPED + b"x", "gzip", "the body is not one whole gzip stream"),
-    encoded("gzip twice", ZIPPED * 2, "gzip", "the body is not one whole gzip stream"),
-    encoded("gzip of nothing", b"", "gzip", "the body is not one whole gzip stream"),
-    encoded("gzip damaged", ZIPPED[:-8] + bytes(4) + ZIPPED[-4:], "gzip", "incorrect data check"),
-    encoded("plain as gzip", request(), "gzip", "the body is not gzip: "),
-    encoded("deflate cut", DEFLATED[:-9], "deflate", "the body is not one whole deflate stream"),
-    encoded("deflate without zlib's head", BARE, "deflate", "the body is not deflate: "),
-    encoded("gzip as deflate", ZIPPED, "deflate", "the body is not deflate: "),
-    encoded("gzip in gzip", gzip.compress(ZIPPED), "gzip", "the body is not JSON"),
-    encoded("two encodings", ZIPPED, "gzip, gzip", "Content-Encoding: got gzip, gzip", 415),
     encoded("Brotli", b"\x0b", "br", "Content-Encoding: got br, expected gzip, deflate", 415),
-    encoded("Zstandard", b"(", "zstd", "Content-Encoding: got zstd, expected gzip", 415),
-    encoded("an odd encoding", b"x", "g\xefp", "Content-Encoding: got gïp, expected gzip", 415),
-    encoded("a bomb", BOMB, "gzip", f"the body: got {LIMIT + 1} bytes or more, expected", 413),
-    encoded("a bomb in a bomb", gzip.compress(BOMB), "gzip", "the body is not JSON"),
     Wrong("a head of 33 kB", http(request(), f"X: {'a' * 33_000}"), 431, "the head", last=True),
     Wrong("a head of 5 MB", http(request(), f"X: {'a' * 5_000_000}"), 431, "the head", last=True),
     Wrong("a path of 5 MB", http(path=f"/{'a' * 5_000_000}"), 431, "the head", last=True),
@@ -407,7 +203,7 @@ WRONG = [
     headed("a bracket in a name", "X(: a"),
     headed("a field without name", ": a"),
     no_http("lines that end with LF only", GOOD.replace(b"\r\n", b"\n")),
-    *map(json_length, ("-1", "abc", "1.5", "", "²", "9" * 20, "0x10", "+5")),
+    json_length("-1"),
     *map(by_method, ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "M-SEARCH")),
     by_method("POST", "/v2"),
     by_method("DELETE", "/v2/models/mnist-bn"),
@@ -445,20 +241,8 @@ WRONG = [
     lost(f"/v2/models/{'a' * 30_000}/infer", "no model 'aaaaaaaa"),
     lost("/" + "a/" * 15_000),
     lost("*"),
-    rebound(""),
     rebound("evil.example"),
-    rebound("evil.example:8000"),
-    rebound("localhost.evil.example"),
-    rebound("127.0.0.1.evil.example"),
-    rebound("127.0.0.1:80:80"),
-    rebound("10.0.0.1"),
-    rebound("[::1"),
-    rebound("\xff"),
     foreign("https://evil.example"),
-    foreign("http://localhost:3000"),
-    foreign("http://localhost.evil.example"),
-    foreign("null"),
-    foreign(""),
     Wrong("no host", GOOD.replace(HOST, b""), 400, "Host: got none, expected one"),
     Wrong("two hosts", GOOD.replace(HOST, HOST * 2), 400, "Host: got localhost, localhost"),
     Wrong(
@@ -485,7 +269,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.what)
-def test_a_wrong_request_is_refused_and_the_server_goes_on(
+def test_a_wrong_request_is_rejected_and_the_server_goes_on(
     server: Server, case: Wrong, logits: np.ndarray
 ) -> None:
     with Client(server) as client:
@@ -554,14 +338,7 @@ def test_a_url_without_a_path_is_the_page(server: Server, target: str, logits: n
         well(client.ask(GOOD), logits)
 
 
-def test_there_are_more_than_400_kinds() -> None:
-    bodies = [case.what for case in REFUSED] + [case.what for case in TAKEN]
-    kinds = bodies + [case.what for case in WRONG] + list(ODD)
-    assert len(kinds) > 400
-    assert sorted(set(kinds)) == sorted(kinds)
-
-
-def test_a_head_is_asked_without_a_body(server: Server, logits: np.ndarray) -> None:
+def test_a_head_request_is_answered_without_a_body(server: Server, logits: np.ndarray) -> None:
     with Client(server) as client:
         client.send(http(method="HEAD", path="/v2", length=False))
         answer = client.answer(body=False)
@@ -614,7 +391,7 @@ def test_requests_in_one_packet_are_answered_in_turn(server: Server, logits: np.
     ids=["no HTTP", "a bad chunk", "a bad chunk behind a good one"],
 )
 @pytest.mark.parametrize("before", [1, 3])
-def test_what_comes_before_a_wrong_request_is_answered_first(
+def test_requests_before_a_wrong_one_are_answered_first(
     server: Server, before: int, wrong: bytes, logits: np.ndarray
 ) -> None:
     with Client(server) as client:
@@ -658,7 +435,7 @@ def test_a_client_that_is_done_sending_is_answered(server: Server, logits: np.nd
 HUGE = bytes(100_000_000)
 
 
-def test_a_huge_body_is_refused_before_it_is_sent(server: Server) -> None:
+def test_a_huge_body_is_rejected_before_it_is_sent(server: Server) -> None:
     with Client(server) as client:
         client.send(http(HUGE, "Expect: 100-continue")[: -len(HUGE)])
         answer = client.answer()  # and no 100 first
@@ -666,7 +443,7 @@ def test_a_huge_body_is_refused_before_it_is_sent(server: Server) -> None:
     assert answer.error == f"the body: got 100000000 bytes or more, expected at most {LIMIT}"
 
 
-def test_who_asks_first_is_told_to_go_on(server: Server, logits: np.ndarray) -> None:
+def test_a_client_that_expects_100_continue_gets_it(server: Server, logits: np.ndarray) -> None:
     body = request()
     with Client(server) as client:
         client.send(http(body, "Expect: 100-continue")[: -len(body)])
@@ -676,7 +453,7 @@ def test_who_asks_first_is_told_to_go_on(server: Server, logits: np.ndarray) -> 
 
 @pytest.mark.parametrize("path", [INFER, "/v2/repository/index"])
 @pytest.mark.parametrize("with_length", [True, False])
-def test_who_sends_a_huge_body_reads_why_it_is_refused(
+def test_a_client_that_sends_a_huge_body_reads_the_rejection(
     server: Server, path: str, with_length: bool
 ) -> None:
     before = server.memory()
@@ -705,7 +482,7 @@ def test_a_huge_body_to_nowhere_is_read_to_its_end(server: Server, logits: np.nd
 
 
 @pytest.mark.parametrize("width", [1, 5])
-def test_a_huge_list_of_numbers_is_refused_at_once(server: Server, width: int) -> None:
+def test_a_huge_list_of_numbers_is_rejected_at_once(server: Server, width: int) -> None:
     """Of a wrong length: it is not turned into objects, which are many times as large."""
     number = b"0,".rjust(width + 1, b" ")
     body = request(tensor(data="HERE")).replace(
@@ -734,12 +511,14 @@ SLOWLY = {  # what is sent at once, what a byte at a time; and of what the rest 
 }
 
 
-def test_who_is_slow_is_told(hasty: Server) -> None:
+def test_a_slow_client_gets_408(hasty: Server) -> None:
     """All at once, because each takes its time."""
     with ExitStack() as stack:
         clients = {what: stack.enter_context(Client(hasty)) for what in SLOWLY}
         for what, (at_once, _, _) in SLOWLY.items():
             clients[what].send(at_once)
+        expecting = stack.enter_context(Client(hasty))
+        expecting.send(http(BODY, "Expect: 100-continue")[: -len(BODY)])
         for place in range(round(SLOW / 0.1) + 10):
             for what, (_, slowly, _) in SLOWLY.items():
                 clients[what].send(slowly[place : place + 1])
@@ -752,16 +531,10 @@ def test_who_is_slow_is_told(hasty: Server) -> None:
             assert answer.error == f"{missed}: not all here after {SLOW:g} s"
             clients[what].socket.shutdown(socket.SHUT_WR)
             assert clients[what].ended()
+        assert [expecting.answer().status for _ in range(2)] == [100, 408]
 
 
-def test_who_waits_to_go_on_and_then_sends_nothing_is_told(hasty: Server) -> None:
-    with Client(hasty) as client:
-        client.send(http(BODY, "Expect: 100-continue")[: -len(BODY)])
-        assert client.answer().status == 100
-        assert client.answer().status == 408
-
-
-def test_who_says_nothing_more_is_hung_up_on(hasty: Server) -> None:
+def test_an_idle_connection_is_closed(hasty: Server) -> None:
     with ExitStack() as stack:
         silent = stack.enter_context(Client(hasty))
         clients = [stack.enter_context(Client(hasty)) for _ in range(4)]
@@ -775,7 +548,7 @@ def test_who_says_nothing_more_is_hung_up_on(hasty: Server) -> None:
             assert client.ended()
 
 
-def test_the_slow_do_not_keep_others_waiting(folder: Path) -> None:
+def test_slow_clients_take_no_places_in_the_queue(folder: Path) -> None:
     slow = [GOOD[:-9], GOOD[:9], http(HUGE)[:2000], http(BODY, path="/v2/repository/index")[:-5]]
     with serving.running("--queue", "4", folder=folder) as server, ExitStack() as stack:
         for content in slow * 10:
@@ -799,7 +572,7 @@ def reset(client: Client) -> None:
 @pytest.mark.parametrize(
     "cut", [0, 9, 60, len(GOOD) - len(request()), 2000, len(GOOD) - 1, len(GOOD)]
 )
-def test_who_hangs_up_leaves_nothing_behind(
+def test_a_client_that_disconnects_leaves_nothing_behind(
     server: Server, cut: int, go: Callable[[Client], None]
 ) -> None:
     for _ in range(5):
@@ -809,7 +582,7 @@ def test_who_hangs_up_leaves_nothing_behind(
     assert good(server)
 
 
-def test_who_takes_no_answers_is_not_read_from_without_end(server: Server) -> None:
+def test_a_client_that_reads_no_answers_is_not_read_from_forever(server: Server) -> None:
     """Requests wait in the client once its answers are not taken."""
     before = server.memory()
     many = zeros(100)
@@ -823,7 +596,7 @@ def test_who_takes_no_answers_is_not_read_from_without_end(server: Server) -> No
 
 
 @pytest.mark.slow
-def test_who_takes_no_answer_is_hung_up_on(server: Server) -> None:
+def test_a_client_that_reads_no_answer_is_disconnected(server: Server) -> None:
     """Also where the answer is the connection's last."""
     with Client(server) as client:
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -842,7 +615,7 @@ def connections(server: Server) -> int:
     return round(float(line.split()[1]))
 
 
-def test_one_connection_too_many_is_told(folder: Path) -> None:
+def test_a_connection_beyond_the_limit_gets_503(folder: Path) -> None:
     with serving.running("--max-connections", "3", folder=folder) as server:
         clients = [Client(server) for _ in range(3)]
         assert [client.ask(GOOD).status for client in clients] == [200] * 3
@@ -865,7 +638,7 @@ def test_a_wrong_token_with_a_huge_body_is_answered(folder: Path) -> None:
     token = {"MNIST_BN_TOKEN": "0123456789abcdef"}
     with serving.running(folder=folder, env=token) as server, Client(server) as client:
         for given in ((), ("Authorization: Bearer x",), ("Authorization: B\xe9arer \xff",)):
-            answer = client.ask(http(HUGE, *given))
+            answer = client.ask(http(HUGE[:40_000_000], *given))
             assert answer.status == 401
             assert "expected Bearer and this server's token" in answer.error
         right = http(request(), "Authorization: bearer 0123456789abcdef")
@@ -873,16 +646,18 @@ def test_a_wrong_token_with_a_huge_body_is_answered(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_list_longer_than_a_parser_can_count(folder: Path) -> None:
+def test_a_list_longer_than_the_parser_can_count_is_rejected(folder: Path) -> None:
     with serving.running("--max-body", f"{256 * MEGABYTE}", folder=folder) as server:
-        body = request(tensor(data=GONE))[:-3] + b',"data":[' + b"0," * (40 * MEGABYTE) + b"0]}]}"
+        body = (
+            request(tensor(data=MISSING))[:-3] + b',"data":[' + b"0," * (40 * MEGABYTE) + b"0]}]}"
+        )
         with Client(server) as client:
             answer = client.ask(http(body))
         assert answer.status == 400
         assert f"got a list of {40 * MEGABYTE + 1}, expected one of 784" in answer.error
 
 
-def test_ids_and_parameters_come_back(server: Server) -> None:
+def test_ids_and_parameters_are_repeated_in_the_answer(server: Server) -> None:
     parameters: dict[str, Any] = {"a": "é\U0001f600", "b": 2**63, "c": 0.1, "d": True}
     body = request(id="数" * 5000, parameters=parameters)
     with Client(server) as client:
@@ -890,64 +665,3 @@ def test_ids_and_parameters_come_back(server: Server) -> None:
     content = json.loads(answer.body)
     assert (content["id"], content["parameters"]) == ("数" * 5000, parameters)
     assert answer.fields["x-request-id"] == "abc-1"
-
-
-@pytest.mark.parametrize("given", ["", "a b", "a\xff", "a" * 129])
-def test_a_request_id_that_no_log_should_hold_is_replaced(server: Server, given: str) -> None:
-    with Client(server) as client:
-        own = client.ask(http(request(), f"x-request-id: {given}")).fields["x-request-id"]
-    assert own != given
-    assert own.isascii()
-    assert own.isprintable()
-
-
-# --- a bug of ours -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("failure", "says"),
-    [
-        (ValueError("\udc80"), "the server failed; its log says how"),
-        (RecursionError(), "the server failed; its log says how"),
-        (runtime.RuntimeFailedError("no \udc80"), r"the model does not run: no \udc80"),
-    ],
-)
-def test_whatever_fails_inside_is_answered_as_every_error(
-    failure: Exception, says: str, capsysbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    class Broken:
-        name = "broken"
-
-        def state(self) -> tuple[object, ...]:
-            return ()
-
-        def load(self) -> Model:
-            return Model("broken", "1", "0" * 64, None, None, self.run)
-
-        def run(self, images: Float32) -> Float32:
-            raise failure
-
-    async def cold(*_: object) -> None:
-        raise failure
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": request()}
-
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    metrics = Metrics()
-    catalog = Catalog([Broken()], metrics)
-    catalog.load()
-    app = App(catalog, Settings(), metrics, cold)
-    for path in ("/v2/models/broken/infer", "/v2"):
-        scope: Scope = {"type": "http", "http_version": "1.0", "method": "POST", "path": path}
-        scope["headers"] = []
-        asyncio.run(app(scope, receive, send))
-    assert [m["status"] for m in sent if m["type"] == "http.response.start"] == [500, 500]
-    assert [json.loads(m["body"]) for m in sent if m.get("body")] == [{"error": says}] * 2
-    log = [json.loads(line) for line in capsysbinary.readouterr().err.splitlines()]
-    assert [line["event"] for line in log] == ["served", *["failed", "rejected"] * 2]
-    assert log[1]["why"] in (repr(failure), str(failure))
