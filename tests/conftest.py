@@ -37,22 +37,22 @@ settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
 
 
-# Modules whose tests take several seconds on a server: one shows that both stores are alike.
-HEAVY_ON_A_SERVER = {"test_registry.py", "test_sync.py"}
+# A server takes seconds for each test: these show that both stores are alike, the others are slow.
+SERVER_TESTS = (
+    "test_runs_match_the_files",
+    "test_versions_and_aliases_are_those_of_the_ledger",
+    "test_run_holds_what_made_it",
+    "test_runs_of_seeds_are_nested_in_one_over_all",
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
+@pytest.hookimpl(tryfirst=True)  # before slow tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    shown = set()
     for item in items:
-        on_server = isinstance(item, pytest.Function) and (
-            getattr(item, "callspec", None) is not None
-            and item.callspec.params.get("backend") == "server"
-        )
-        if on_server and item.path.name in HEAVY_ON_A_SERVER:
-            if item.path in shown:
-                item.add_marker(pytest.mark.slow)
-            shown.add(item.path)
+        callspec = getattr(item, "callspec", None)
+        on_server = callspec and callspec.params.get("backend") == "server"
+        if on_server and item.name.partition("[")[0] not in SERVER_TESTS:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,13 +12,13 @@ import pytest
 from mnist_batchnorm.cli import COMMANDS
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.params import Params
-from mnist_batchnorm.stages.download import FILES
+from mnist_batchnorm.data.download import FILES
 from tests.conftest import MnistBn
 from tests.support.finished import finish, write_pages
 from tests.support.store import make_trainable, use_settings
 
 HEAVY = {"torch", "mlflow", "onnx", "onnxruntime", "matplotlib", "dvc", "pandas"}
-TELL_IMPORTS = """
+PRINT_IMPORTS = """
 import sys
 from mnist_batchnorm.cli import main
 try:
@@ -29,9 +29,9 @@ finally:
 
 
 def imported(*arguments: str) -> set[str]:
-    """Run the command line, which must end well, in a new process; return what it imported."""
+    """Run the command line in a new process, which must succeed; return the imported modules."""
     done = subprocess.run(
-        [sys.executable, "-c", TELL_IMPORTS, *arguments],
+        [sys.executable, "-c", PRINT_IMPORTS, *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -45,11 +45,12 @@ def imported(*arguments: str) -> set[str]:
 def test_help_imports_no_stage() -> None:
     modules = imported("--help")
     ours = {name for name in modules if name.startswith("mnist_batchnorm")}
-    assert ours == {"mnist_batchnorm", "mnist_batchnorm.cli", "mnist_batchnorm.core.errors"}
+    packages = {name.rpartition(".")[0] for name in ours}
+    assert packages == {"", "mnist_batchnorm", "mnist_batchnorm.core"}
     assert not modules & (HEAVY | {"numpy"})
 
 
-def test_download_and_prepare_import_nothing_heavy(
+def test_download_and_prepare_import_no_heavy_package(
     project: Path, raw: Path, params: Params
 ) -> None:
     text = (project / "params.yaml").read_text().replace("valid_size: 5000", "valid_size: 200")
@@ -61,7 +62,7 @@ def test_download_and_prepare_import_nothing_heavy(
     (project / "params.yaml").write_text(text)
     for command in ("download", "prepare"):
         modules = imported(command)
-        assert f"mnist_batchnorm.{command}" in modules
+        assert f"mnist_batchnorm.stages.{command}" in modules
         assert not modules & HEAVY
     assert (project / "data/prepared/train.safetensors").is_file()
 
@@ -70,7 +71,7 @@ def test_download_and_prepare_import_nothing_heavy(
     ("command", "needed"),
     [("report", {"matplotlib"}), ("sync", {"mlflow", "onnx"})],
 )
-def test_stages_about_results_do_without_torch(
+def test_report_and_sync_run_without_torch(
     project: Path,
     prepared: Path,
     params: Params,
@@ -95,7 +96,7 @@ def test_short_commands_run_without_garbage_collection(
         click.echo(gc.isenabled())
 
     for name in ("prepare", "train"):
-        monkeypatch.setattr(f"mnist_batchnorm.{name}.command", command)
+        monkeypatch.setattr(f"mnist_batchnorm.stages.{name}.command", command)
     assert mnist_bn("prepare").out == "False\n"
     assert gc.isenabled()
     assert mnist_bn("train").out == "True\n"
@@ -116,14 +117,14 @@ def test_help_lists_the_commands_in_order(mnist_bn: MnistBn) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_itself(command: str, mnist_bn: MnistBn) -> None:
+def test_each_command_has_help(command: str, mnist_bn: MnistBn) -> None:
     done = mnist_bn(command, "--help")
     assert done.status == 0
     assert done.out.startswith(f"Usage: mnist-bn {command} ")
     assert done.err == ""
 
 
-def test_train_takes_either_network_or_both(mnist_bn: MnistBn) -> None:
+def test_train_accepts_either_network_or_both(mnist_bn: MnistBn) -> None:
     assert mnist_bn("train", "--help").out.startswith(
         "Usage: mnist-bn train [OPTIONS] [bn] [plain]\n"
     )
@@ -148,7 +149,7 @@ def test_version(mnist_bn: MnistBn) -> None:
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
-def test_exit_status_tells_how_it_ended(
+def test_exit_status_and_message_of_each_error(
     error: BaseException | None,
     status: int,
     message: str,
@@ -166,7 +167,9 @@ def test_exit_status_tells_how_it_ended(
     assert (done.status, done.out, done.err) == (status, "result\n", message)
 
 
-def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn) -> None:
+def test_an_unexpected_error_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn
+) -> None:
     @click.command()
     def command() -> None:
         raise ZeroDivisionError
@@ -195,37 +198,37 @@ def test_wrong_usage_exits_2(line: list[str], message: str, mnist_bn: MnistBn) -
     assert done.out == ""
 
 
-WORDS = {  # what takes arguments
+ARGUMENTS = {  # of the commands that require some
     "package": ["package", "triton", "out"],
     "predict": ["predict", "any.png"],
     "promote": ["promote", "1"],
     "serve": ["serve", "--port", "0"],
     "which": ["which", "any.onnx"],
 }
-WHAT_TO_DO = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")
+REMEDY = re.compile(r"run (this in the folder that holds dvc\.yaml|`dvc repro \w+` first)\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_outside_the_project_each_command_exits_2_and_says_what_to_do(
+def test_outside_the_project_each_command_exits_2_with_a_remedy(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_bn: MnistBn
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = mnist_bn(*WORDS.get(command, [command]))
+    done = mnist_bn(*ARGUMENTS.get(command, [command]))
     assert done.status == 2
     assert done.out == ""
     assert done.err.startswith("error: ")
-    assert WHAT_TO_DO.search(done.err)
+    assert REMEDY.search(done.err)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", [n for n in COMMANDS if n not in ("download", "which")])
-def test_before_the_stages_it_needs_each_command_exits_2_and_says_what_to_do(
+def test_before_the_stages_it_needs_each_command_exits_2_with_a_remedy(
     command: str, project: Path, mnist_bn: MnistBn
 ) -> None:
-    done = mnist_bn(*WORDS.get(command, [command]))
+    done = mnist_bn(*ARGUMENTS.get(command, [command]))
     assert done.status == 2
     assert done.out == ""
     assert re.search(r"^error: ", done.err, re.MULTILINE)
     assert "Traceback" not in done.err
-    assert WHAT_TO_DO.search(done.err)
+    assert REMEDY.search(done.err)
     assert [path.name for path in project.iterdir()] == ["params.yaml"]

@@ -8,8 +8,8 @@ from benchmarks.tracking import ROWS, Measured, identical, table_row
 from benchmarks import tracking
 from mnist_batchnorm.core.paths import PREPARED
 from tests.conftest import ROOT
-from tests.stages.test_train import set_params
 from tests.support import store
+from tests.support.training import set_params
 
 
 def trained(*seconds: float, weights: str = "w", said: tuple[str, ...] = ()) -> list[Measured]:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mnist_batchnorm import serve
 from mnist_batchnorm.artifacts.splits import load_split, network_input
 from mnist_batchnorm.client import http as client
+from mnist_batchnorm.core.access import TOKEN as TOKEN_VARIABLE
 from mnist_batchnorm.parity import runtime
 from tests.conftest import MnistBn
 from tests.support import candidates, serving
@@ -53,11 +53,11 @@ def proven(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(proven: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same as working folder."""
     monkeypatch.chdir(proven)
-    monkeypatch.delenv(serve.TOKEN, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     return proven
 
 
-def told(mnist_bn: MnistBn, *words: str) -> Any:
+def results(mnist_bn: MnistBn, *words: str) -> Any:
     done = mnist_bn("predict", *words, "--json")
     assert (done.status, done.err) == (0, "")
     return json.loads(done.out)["files"]
@@ -66,7 +66,7 @@ def told(mnist_bn: MnistBn, *words: str) -> Any:
 # --- in this process ----------------------------------------------------------------------------
 
 
-def test_drawn_seven(folder: Path, mnist_bn: MnistBn) -> None:
+def test_a_drawn_seven_is_classified(folder: Path, mnist_bn: MnistBn) -> None:
     done = mnist_bn("predict", "seven.png")
     assert (done.status, done.err) == (0, "")
     number = r"(> 99\.9|\d+\.\d|< 0\.1) %"
@@ -75,9 +75,9 @@ def test_drawn_seven(folder: Path, mnist_bn: MnistBn) -> None:
     )
 
 
-def test_json_holds_what_the_network_says(folder: Path, mnist_bn: MnistBn) -> None:
+def test_the_json_holds_the_networks_probabilities(folder: Path, mnist_bn: MnistBn) -> None:
     files = [f"{label}.png" for label in range(10)]
-    found = told(mnist_bn, *files)
+    found = results(mnist_bn, *files)
     session = runtime.load((folder / "models/bn.onnx").read_bytes())
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     logits = session.run(network_input(pixels)).astype(np.float64)
@@ -93,9 +93,9 @@ def test_json_holds_what_the_network_says(folder: Path, mnist_bn: MnistBn) -> No
     assert sum(digit == label for label, digit in enumerate(digits)) >= 9
 
 
-def test_models_side_by_side(folder: Path, mnist_bn: MnistBn) -> None:
+def test_models_are_compared_side_by_side(folder: Path, mnist_bn: MnistBn) -> None:
     words = ("--model", "mnist-bn", "--model", "other=models/bn-folded.onnx")
-    (one,) = told(mnist_bn, "seven.png", *words)
+    (one,) = results(mnist_bn, "seven.png", *words)
     assert [prediction["model"] for prediction in one["predictions"]] == ["mnist-bn", "other"]
     done = mnist_bn("predict", "seven.png", *words)
     lines = done.out.splitlines()
@@ -103,14 +103,18 @@ def test_models_side_by_side(folder: Path, mnist_bn: MnistBn) -> None:
     assert [line.split()[:2] for line in lines[1:]] == [["mnist-bn:", "7"], ["other:", "7"]]
 
 
-def test_standard_input(folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_read_from_standard_input(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = io.BytesIO(Path("seven.jpg").read_bytes())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content))
-    (one,) = told(mnist_bn, "-")
+    (one,) = results(mnist_bn, "-")
     assert one["predictions"][0]["digit"] == 7
 
 
-def test_bad_files_are_named_and_the_others_answered(folder: Path, mnist_bn: MnistBn) -> None:
+def test_unreadable_files_are_reported_and_the_others_classified(
+    folder: Path, mnist_bn: MnistBn
+) -> None:
     files = ("seven.png", "none.png", "notes.txt", "models", "cut.png", "3.png")
     done = mnist_bn("predict", *files)
     assert done.status == 2
@@ -123,7 +127,7 @@ def test_bad_files_are_named_and_the_others_answered(folder: Path, mnist_bn: Mni
     assert last == "error: 4 of 6 pictures not read"
 
 
-def test_json_of_bad_files(folder: Path, mnist_bn: MnistBn) -> None:
+def test_the_json_holds_the_errors_of_unreadable_files(folder: Path, mnist_bn: MnistBn) -> None:
     done = mnist_bn("predict", "none.png", "seven.png", "--json")
     assert done.status == 2
     bad, good = json.loads(done.out)["files"]
@@ -131,7 +135,7 @@ def test_json_of_bad_files(folder: Path, mnist_bn: MnistBn) -> None:
     assert good["predictions"][0]["digit"] == 7
 
 
-def test_unproven_file_is_not_asked(folder: Path, mnist_bn: MnistBn, tmp_path: Path) -> None:
+def test_an_unproven_file_is_not_used(folder: Path, mnist_bn: MnistBn, tmp_path: Path) -> None:
     other = tmp_path / "other.onnx"
     other.write_bytes(candidates.shifted(candidates.ALIKE).graph(folded=False))
     done = mnist_bn("predict", "seven.png", "--model", f"mine={other}")
@@ -155,7 +159,7 @@ def test_unproven_file_is_not_asked(folder: Path, mnist_bn: MnistBn, tmp_path: P
         (["--url", "http://127.0.0.1:9", "--token-file", "none"], "none cannot be read"),
     ],
 )
-def test_options_that_do_not_fit(
+def test_inconsistent_options_are_an_error(
     folder: Path, mnist_bn: MnistBn, words: list[str], message: str
 ) -> None:
     done = mnist_bn("predict", "seven.png", *words)
@@ -165,13 +169,13 @@ def test_options_that_do_not_fit(
     assert "secret" not in done.err
 
 
-def test_pictures_that_are_many_are_asked_about_in_parts(
+def test_many_pictures_are_classified_in_batches(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [f"{label}.png" for label in range(10)]
-    whole = told(mnist_bn, *files)
-    monkeypatch.setattr("mnist_batchnorm.commands.predict.AT_ONCE", 3)
-    assert told(mnist_bn, *files) == whole
+    whole = results(mnist_bn, *files)
+    monkeypatch.setattr("mnist_batchnorm.commands.predict.BATCH_SIZE", 3)
+    assert results(mnist_bn, *files) == whole
 
 
 # --- over the protocol --------------------------------------------------------------------------
@@ -217,7 +221,7 @@ def logits_of(body: Any) -> Any:
     return {"model_name": "any", "model_version": "4", "outputs": [output]}
 
 
-def test_server_is_asked_by_the_protocol(
+def test_requests_follow_the_protocol(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # is not for this machine
@@ -229,7 +233,7 @@ def test_server_is_asked_by_the_protocol(
         return 200, {}, logits_of(body)
 
     with server(reply) as url:
-        found = told(mnist_bn, "7.png", "seven.png", "--url", f"{url}/", "--model", "a b")
+        found = results(mnist_bn, "7.png", "seven.png", "--url", f"{url}/", "--model", "a b")
     ((headers, body),) = seen
     (image,) = body["inputs"]
     assert headers["path"] == "/v2/models/a%20b/infer"
@@ -241,7 +245,7 @@ def test_server_is_asked_by_the_protocol(
 
 
 @pytest.mark.parametrize("by", ["file", "variable"])
-def test_token_is_shown_and_netrc_is_not(
+def test_the_token_is_sent_and_netrc_is_not_used(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str
 ) -> None:
     monkeypatch.setattr("mnist_batchnorm.client.http.is_loopback", lambda _: False)
@@ -250,7 +254,7 @@ def test_token_is_shown_and_netrc_is_not(
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     words = ["--token-file", str(tmp_path / "token")] if by == "file" else []
     if by == "variable":
-        monkeypatch.setenv(serve.TOKEN, TOKEN)
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     seen = []
 
     def reply(headers: dict[str, str], body: Any) -> tuple[int, dict[str, str], Any]:
@@ -258,26 +262,17 @@ def test_token_is_shown_and_netrc_is_not(
         return 200, {}, logits_of(body)
 
     with server(reply) as url:
-        told(mnist_bn, "7.png", "--url", url, "--insecure", *words)
+        results(mnist_bn, "7.png", "--url", url, "--insecure", *words)
     assert seen == [f"Bearer {TOKEN}"]
 
 
-@pytest.mark.parametrize("by", ["file", "variable"])
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8000", "HTTP://localhost.example.org"])
-def test_token_goes_nowhere_else_in_clear(
-    folder: Path,
-    mnist_bn: MnistBn,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    by: str,
-    url: str,
+def test_a_token_is_sent_to_no_other_machine_in_clear(
+    folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     monkeypatch.setattr("requests.Session.send", lambda *_, **__: pytest.fail("sent"))
-    (tmp_path / "token").write_text(TOKEN)
-    words = ["--token-file", str(tmp_path / "token")] if by == "file" else []
-    if by == "variable":
-        monkeypatch.setenv(serve.TOKEN, TOKEN)
-    done = mnist_bn("predict", "7.png", "--url", url, *words)
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    done = mnist_bn("predict", "7.png", "--url", url)
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith(f"error: --url {url} would send the token in clear")
     assert "--insecure" in done.err
@@ -293,11 +288,11 @@ def test_token_goes_nowhere_else_in_clear(
         ("http://[::1]:8000", TOKEN),
     ],
 )
-def test_address_that_tells_nobody_a_token_is_taken(url: str, token: str | None) -> None:
-    client.Server(url, token)
+def test_a_url_that_exposes_no_token_is_accepted(url: str, token: str | None) -> None:
+    client.Client(url, token)
 
 
-def test_busy_server_is_asked_again(
+def test_a_busy_server_is_retried_after_the_time_it_names(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
@@ -311,8 +306,8 @@ def test_busy_server_is_asked_again(
         return 503, {"Retry-After": wait}, {"error": "busy"}
 
     with server(reply) as url:
-        told(mnist_bn, "7.png", "--url", url)
-    assert slept == [2.0, client.LONGEST_PAUSE, 1.0]
+        results(mnist_bn, "7.png", "--url", url)
+    assert slept == [2.0, client.MAX_RETRY_DELAY_S, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +324,7 @@ def test_busy_server_is_asked_again(
         (200, [], "gave no logits [1, 10]"),
     ],
 )
-def test_server_that_does_not_answer_so(
+def test_an_error_or_a_malformed_answer_is_reported(
     folder: Path,
     mnist_bn: MnistBn,
     monkeypatch: pytest.MonkeyPatch,
@@ -337,7 +332,7 @@ def test_server_that_does_not_answer_so(
     said: Any,
     message: str,
 ) -> None:
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(client, "MAX_RETRY_DELAY_S", 0.0)
     location = {"Location": "http://127.0.0.1:9/elsewhere"}
     with server(lambda *_: (status, location, said)) as url:
         done = mnist_bn("predict", "7.png", "--url", url)
@@ -346,7 +341,7 @@ def test_server_that_does_not_answer_so(
     assert message in done.err
 
 
-def test_nobody_there(folder: Path, mnist_bn: MnistBn) -> None:
+def test_an_unreachable_server_is_reported(folder: Path, mnist_bn: MnistBn) -> None:
     with server(lambda *_: (200, {}, {})) as url:
         pass
     done = mnist_bn("predict", "7.png", "--url", url)
@@ -356,17 +351,17 @@ def test_nobody_there(folder: Path, mnist_bn: MnistBn) -> None:
     )
 
 
-def test_our_server_says_what_this_process_says(folder: Path, mnist_bn: MnistBn) -> None:
+def test_our_server_gives_the_same_results_as_this_process(folder: Path, mnist_bn: MnistBn) -> None:
     files = [f"{label}.png" for label in range(10)]
     with serving.running(folder=folder) as server:
-        remote = told(mnist_bn, *files, "seven.jpg", "--url", server.url)
-    assert remote == told(mnist_bn, *files, "seven.jpg")
+        remote = results(mnist_bn, *files, "seven.jpg", "--url", server.url)
+    assert remote == results(mnist_bn, *files, "seven.jpg")
 
 
 # --- what is imported ---------------------------------------------------------------------------
 
 
-def test_neither_training_nor_tracking_is_imported(folder: Path) -> None:
+def test_predict_imports_neither_training_nor_tracking(folder: Path) -> None:
     modules = imported("predict", "seven.png")
     assert "onnxruntime" in modules
     assert not modules & {"torch", "mlflow", "onnx", "matplotlib", "uvicorn", "starlette"}

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mnist_batchnorm.commands import champion as byhand
-from mnist_batchnorm.commands import regress
+from mnist_batchnorm.artifacts.goldens import GOLDEN_FILES
+from mnist_batchnorm.commands import champion as champion_command
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.paths import CHECKPOINT, MODELS, REGISTRY, TEST_SPLIT
 from mnist_batchnorm.parity import Check
-from mnist_batchnorm.stages import sync
 from tests.conftest import MnistBn
 from tests.support.candidates import (
     ALIKE,
@@ -35,7 +34,9 @@ NOW = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """The champion each time that MLflow is told; test_registry.py has the real thing."""
     told: list[int | None] = []
-    monkeypatch.setattr(sync, "show_registry", lambda: told.append(champion()))
+    monkeypatch.setattr(
+        "mnist_batchnorm.mlflow_sync.sync.show_registry", lambda: told.append(champion())
+    )
     return told
 
 
@@ -123,7 +124,7 @@ def test_present_files_are_judged_themselves(mnist_bn: MnistBn) -> None:
 @pytest.mark.usefixtures("folder")
 def test_absent_files_are_judged_by_what_was_recorded(mnist_bn: MnistBn) -> None:
     lay(shifted(ALIKE))
-    regress.GOLDENS.unlink()
+    GOLDEN_FILES["bn"].unlink()
     mnist_bn("register")
     lay(GOOD)  # with goldens, and a gate's verdict about these files
     done = mnist_bn("promote", "3")
@@ -136,7 +137,7 @@ def test_absent_files_are_judged_by_what_was_recorded(mnist_bn: MnistBn) -> None
 def test_signature_that_nobody_checked_is_refused(
     folder: Path, mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist_batchnorm.commands.sign.signature_problem", lambda *_: None)
+    monkeypatch.setattr("mnist_batchnorm.signing.signer.signature_problem", lambda *_: None)
     demand(folder, alpha=1e-9)
     keys = {name: folder / name for name in ("old.pub", "new.pub")}
     for name, path in keys.items():
@@ -147,7 +148,7 @@ def test_signature_that_nobody_checked_is_refused(
     assert done.err.startswith("FAILED: version 2 is not promoted: signature: version 2 was not ")
     lay(shifted(WORSE))
     demand(folder, signed_by="old.pub")
-    regress.GOLDENS.unlink()
+    GOLDEN_FILES["bn"].unlink()
     mnist_bn("register")
     assert refusals() == {"goldens"}
     lay(GOOD)
@@ -199,10 +200,10 @@ def spoil(folder: Path, rule: str, mnist_bn: MnistBn, monkeypatch: pytest.Monkey
         case "accuracy":
             demand(folder, min_accuracy=0.947)
         case "goldens":
-            regress.GOLDENS.write_text("")
+            GOLDEN_FILES["bn"].write_text("")
         case "signature":
             monkeypatch.setattr(
-                "mnist_batchnorm.commands.sign.signature_problem", lambda *_: "unsigned"
+                "mnist_batchnorm.signing.signer.signature_problem", lambda *_: "unsigned"
             )
             (folder / "release.pub").touch()
             demand(folder, signed_by="release.pub")
@@ -362,7 +363,7 @@ def test_who_is_gits_user_or_the_account(
     monkeypatch.setenv("LOGNAME", "login")
     set_git(monkeypatch, "user.name", name)
     set_git(monkeypatch, "user.email", email)
-    assert byhand.who() == who
+    assert champion_command.current_person() == who
 
 
 def test_who_is_unknown_where_there_is_neither_git_nor_an_account(
@@ -373,14 +374,14 @@ def test_who_is_unknown_where_there_is_neither_git_nor_an_account(
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("getpass.getuser", nobody)
-    assert byhand.who() == "unknown"
+    assert champion_command.current_person() == "unknown"
 
 
 def test_words_that_are_no_text_can_be_written() -> None:
-    assert byhand.as_text("caf\udce9 \n noir") == "caf? noir"
+    assert champion_command.to_one_line("caf\udce9 \n noir") == "caf? noir"
 
 
 def test_registry_must_be_there(project: Path) -> None:
     with pytest.raises(UserError, match=r"no models/registry\.json in .*; run `dvc repro regist"):
-        byhand.require_registry()
+        champion_command.require_registry()
     assert [path.name for path in project.iterdir()] == ["params.yaml"]

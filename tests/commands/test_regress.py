@@ -19,14 +19,25 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import numpy_helper
 
+from mnist_batchnorm.artifacts.goldens import (
+    GOLDEN_FILES,
+    GOLDEN_FOLDER,
+    GOLDEN_IMAGES,
+    PinnedOutputs,
+    pinned_images,
+    read_pinned_outputs,
+    write_pinned_outputs,
+)
 from mnist_batchnorm.artifacts.splits import Split, load_split, network_input
-from mnist_batchnorm.commands import regress
-from mnist_batchnorm.core import paths as layout
+from mnist_batchnorm.core import paths
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.network.model import load_checkpoint
-from tests.conftest import MnistBn
+from mnist_batchnorm.promotion.goldens import compare
+from tests.conftest import ROOT, MnistBn
 from tests.support.graphs import REGRESSION, Network, arrays_of
+
+GOLDEN_FILE = GOLDEN_FILES["bn"]
 
 
 def torch_logits(network: torch.nn.Module, split: Split) -> np.ndarray:
@@ -42,15 +53,15 @@ def network() -> Network:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return load_split(REGRESSION / "images.safetensors")
+    return load_split(ROOT / GOLDEN_IMAGES)
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Network) -> Path:
     """A folder with the fixture's images and all graphs, and no goldens yet."""
     monkeypatch.chdir(tmp_path)
-    regress.FIXTURES.mkdir(parents=True)
-    shutil.copy(REGRESSION / "images.safetensors", regress.IMAGES)
+    GOLDEN_FOLDER.mkdir(parents=True)
+    shutil.copy(ROOT / GOLDEN_IMAGES, GOLDEN_IMAGES)
     network.write()
     network.write_plain()
     return tmp_path
@@ -66,14 +77,14 @@ def run(project: Path, mnist_bn: MnistBn) -> MnistBn:
 def pinned(run: MnistBn) -> bytes:
     """The goldens of the present models."""
     assert run("--update").status == 0
-    return regress.GOLDENS.read_bytes()
+    return GOLDEN_FILE.read_bytes()
 
 
 @pytest.mark.usefixtures("pinned")
 def test_unchanged_models_pass(run: MnistBn) -> None:
     outcome = run()
     assert outcome.status == 0
-    for name in layout.GRAPHS:
+    for name in paths.GRAPHS:
         assert f"models/{name}: same outputs" in outcome.out
     assert outcome.out.count("the very file that was pinned") == 3
     assert outcome.out.count("0 of 64 changed") == 3
@@ -82,10 +93,10 @@ def test_unchanged_models_pass(run: MnistBn) -> None:
 
 @pytest.mark.usefixtures("pinned")
 def test_same_network_in_other_files_passes(run: MnistBn) -> None:
-    for name in layout.GRAPHS:
-        proto = onnx.load(layout.MODELS / name)
+    for name in paths.GRAPHS:
+        proto = onnx.load(paths.MODELS / name)
         proto.producer_name = "another exporter"
-        onnx.save(proto, layout.MODELS / name)
+        onnx.save(proto, paths.MODELS / name)
     outcome = run()
     assert outcome.status == 0
     assert outcome.out.count("the pinned weights (aaaaaaaaaaaa), but the file is another") == 2
@@ -94,9 +105,9 @@ def test_same_network_in_other_files_passes(run: MnistBn) -> None:
 
 @pytest.mark.usefixtures("pinned")
 def test_plain_is_held_to_goldens_of_its_own(run: MnistBn, network: Network) -> None:
-    own = regress.PINNED["plain"]
-    assert own.read_bytes() != regress.GOLDENS.read_bytes()
-    before = {path: path.read_bytes() for path in regress.PINNED.values()}
+    own = GOLDEN_FILES["plain"]
+    assert own.read_bytes() != GOLDEN_FILE.read_bytes()
+    before = {path: path.read_bytes() for path in GOLDEN_FILES.values()}
     network.write_plain(shift=0.5)
     outcome = run("--json")
     assert outcome.status == 1
@@ -107,17 +118,17 @@ def test_plain_is_held_to_goldens_of_its_own(run: MnistBn, network: Network) -> 
         "plain.onnx": False,
     }
     assert graphs["plain.onnx"]["goldens"]["path"] == own.as_posix()
-    assert graphs["bn.onnx"]["goldens"]["path"] == regress.GOLDENS.as_posix()
+    assert graphs["bn.onnx"]["goldens"]["path"] == GOLDEN_FILE.as_posix()
     assert outcome.err.startswith(f"FAILED: plain.onnx: outputs differ from {own}; if that is")
     assert run("--update").status == 0
-    after = {path: path.read_bytes() for path in regress.PINNED.values()}
+    after = {path: path.read_bytes() for path in GOLDEN_FILES.values()}
     assert {path for path in before if before[path] != after[path]} == {own}
     assert run().status == 0
 
 
 @pytest.mark.usefixtures("pinned")
 def test_batch_norms_graph_is_not_plain(run: MnistBn) -> None:
-    shutil.copy(layout.MODELS / "bn-folded.onnx", layout.MODELS / "plain.onnx")
+    shutil.copy(paths.MODELS / "bn-folded.onnx", paths.MODELS / "plain.onnx")
     outcome = run()
     assert outcome.status == 1
     assert "models/plain.onnx: OUTPUTS CHANGED" in outcome.out
@@ -178,7 +189,7 @@ def test_one_weight_in_one_graph_is_that_graphs_change(run: MnistBn, network: Ne
     bias = network.state["linear3.bias"].copy()
     bias[3] += 0.5
     changed = replace(network, state=network.state | {"linear3.bias": bias})
-    (layout.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
+    (paths.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
     outcome = run()
     assert outcome.status == 1
     assert "models/bn.onnx: same outputs" in outcome.out
@@ -190,8 +201,8 @@ def test_change_below_rounding_passes_and_just_above_fails(split: Split, network
     golden = torch_logits(load_checkpoint(REGRESSION / "checkpoint.safetensors").model(), split)
     step = np.zeros_like(golden)
     step[5, golden[5].argmin()] = np.abs(golden[5]).max()
-    below = regress.compare(golden, golden + np.float32(0.8) * 1e-5 * step, split, 64)
-    above = regress.compare(golden, golden + np.float32(1.2) * 1e-5 * step, split, 64)
+    below = compare(golden, golden + np.float32(0.8) * 1e-5 * step, split, 64)
+    above = compare(golden, golden + np.float32(1.2) * 1e-5 * step, split, 64)
     assert below.same
     assert 5e-6 < below.max_change < 1e-5
     assert not above.same
@@ -202,20 +213,20 @@ def test_update_accepts_a_change(run: MnistBn, pinned: bytes, network: Network) 
     bias = network.state["linear3.bias"] + np.float32(0.5)
     replace(network, state=network.state | {"linear3.bias": bias}).write()
     assert run().status == 1
-    assert regress.GOLDENS.read_bytes() == pinned  # only --update writes
+    assert GOLDEN_FILE.read_bytes() == pinned  # only --update writes
     assert run("--update").status == 0
-    assert regress.GOLDENS.read_bytes() != pinned
+    assert GOLDEN_FILE.read_bytes() != pinned
     assert run().status == 0
 
 
 def test_update_writes_the_same_bytes_again(run: MnistBn, pinned: bytes) -> None:
     assert run("--update").status == 0
-    assert regress.GOLDENS.read_bytes() == pinned
+    assert GOLDEN_FILE.read_bytes() == pinned
 
 
 @pytest.mark.usefixtures("pinned")
 def test_goldens_have_a_line_an_image(split: Split) -> None:
-    lines = regress.GOLDENS.read_text().splitlines()
+    lines = GOLDEN_FILE.read_text().splitlines()
     rows = [line for line in lines if '"logits"' in line]
     assert [json.loads(row.rstrip(","))["index"] for row in rows] == split.index.tolist()
 
@@ -231,21 +242,21 @@ def test_goldens_have_a_line_an_image(split: Split) -> None:
 @example(logits=np.full((1, 10), np.finfo(np.float32).max))  # its shortest decimal is larger
 def test_goldens_restore_every_float32(tmp_path: Path, split: Split, logits: np.ndarray) -> None:
     one = Split(split.images[:1], split.labels[:1], split.index[:1])
-    goldens = regress.Goldens(
+    goldens = PinnedOutputs(
         computed_by="hypothesis",
         weights_sha256=None,
         onnx_sha256={},
         images_sha256="0" * 64,
-        images=regress.golden_images(one, logits),
+        images=pinned_images(one, logits),
     )
     path = tmp_path / "goldens.json"
-    regress.save_goldens(path, goldens)
-    loaded = regress.load_goldens(path, one, "0" * 64)
+    write_pinned_outputs(path, goldens)
+    loaded = read_pinned_outputs(path, one, "0" * 64)
     assert loaded == goldens
     assert loaded.logits.tobytes() == logits.tobytes()
 
 
-@pytest.mark.parametrize("path", regress.PINNED.values())
+@pytest.mark.parametrize("path", GOLDEN_FILES.values())
 @pytest.mark.usefixtures("pinned")
 def test_missing_goldens_say_how_to_pin_them(run: MnistBn, path: Path) -> None:
     path.unlink()
@@ -255,19 +266,19 @@ def test_missing_goldens_say_how_to_pin_them(run: MnistBn, path: Path) -> None:
     assert "mnist-bn regress --update" in outcome.err
 
 
-@pytest.mark.parametrize("name", layout.GRAPHS)
+@pytest.mark.parametrize("name", paths.GRAPHS)
 def test_missing_model_says_how_to_make_it(run: MnistBn, name: str) -> None:
-    (layout.MODELS / name).unlink()
+    (paths.MODELS / name).unlink()
     outcome = run()
     assert outcome.status == 2
     assert f"no models/{name}; run `dvc repro export` first" in outcome.err
 
 
 def test_another_folder_is_named(run: MnistBn, project: Path) -> None:
-    shutil.rmtree(regress.FIXTURES)
+    shutil.rmtree(GOLDEN_FOLDER)
     outcome = run()
     assert outcome.status == 2
-    assert f"no {regress.IMAGES} in {project}" in outcome.err
+    assert f"no {GOLDEN_IMAGES} in {project}" in outcome.err
 
 
 def without_last_image(text: str) -> str:
@@ -301,17 +312,17 @@ def with_logit(text: str, logit: object) -> str:
 def test_damaged_goldens_are_refused(
     run: MnistBn, pinned: bytes, damage: Callable[[str], str], complaint: str
 ) -> None:
-    regress.GOLDENS.write_text(damage(pinned.decode()))
+    GOLDEN_FILE.write_text(damage(pinned.decode()))
     outcome = run()
     assert outcome.status == 2
     assert complaint in outcome.err
-    assert str(regress.GOLDENS) in outcome.err
+    assert str(GOLDEN_FILE) in outcome.err
     assert "mnist-bn regress --update" in outcome.err
 
 
 def test_goldens_of_other_images_are_refused(run: MnistBn, pinned: bytes) -> None:
     text = pinned.decode()
-    regress.GOLDENS.write_text(text.replace(digest(regress.IMAGES), "0" * 64))
+    GOLDEN_FILE.write_text(text.replace(digest(GOLDEN_IMAGES), "0" * 64))
     outcome = run()
     assert outcome.status == 2
     assert "belongs to other images" in outcome.err
@@ -331,7 +342,7 @@ def test_any_damage_to_goldens_is_read_or_refused(
     path = tmp_path / "goldens.json"
     path.write_bytes(damaged)
     try:
-        goldens = regress.load_goldens(path, split, digest(REGRESSION / "images.safetensors"))
+        goldens = read_pinned_outputs(path, split, digest(ROOT / GOLDEN_IMAGES))
     except UserError as error:
         assert str(path) in str(error)  # noqa: PT017 - either outcome is right
     else:
@@ -344,7 +355,7 @@ def test_any_damage_to_goldens_is_read_or_refused(
 )
 @pytest.mark.usefixtures("pinned")
 def test_damaged_model_is_refused(run: MnistBn, size: int) -> None:
-    path = layout.MODELS / "bn.onnx"
+    path = paths.MODELS / "bn.onnx"
     path.write_bytes(path.read_bytes()[:size])
     outcome = run()
     assert outcome.status == 2
@@ -354,10 +365,10 @@ def test_damaged_model_is_refused(run: MnistBn, size: int) -> None:
 
 @pytest.mark.usefixtures("pinned")
 def test_damaged_images_are_refused(run: MnistBn) -> None:
-    regress.IMAGES.write_bytes(b"not safetensors")
+    GOLDEN_IMAGES.write_bytes(b"not safetensors")
     outcome = run()
     assert outcome.status == 2
-    assert f"{regress.IMAGES} is not a prepared split" in outcome.err
+    assert f"{GOLDEN_IMAGES} is not a prepared split" in outcome.err
 
 
 @pytest.mark.usefixtures("pinned")
@@ -371,7 +382,7 @@ def test_frozen_batch_axis_fails(run: MnistBn, network: Network) -> None:
 @pytest.mark.usefixtures("pinned")
 def test_statistics_of_the_batch_fail(run: MnistBn, network: Network) -> None:
     content = replace(network, training_mode=1).graph(folded=False)
-    (layout.MODELS / "bn.onnx").write_bytes(content)
+    (paths.MODELS / "bn.onnx").write_bytes(content)
     outcome = run("--json")
     assert outcome.status == 1
     report = json.loads(outcome.out)["graphs"]["bn.onnx"]
@@ -397,7 +408,7 @@ def test_another_number_of_classes_fails(run: MnistBn, network: Network) -> None
     for tensor in proto.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(state[tensor.name], tensor.name))
     proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
-    onnx.save(proto, layout.MODELS / "bn.onnx")
+    onnx.save(proto, paths.MODELS / "bn.onnx")
     outcome = run()
     assert outcome.status == 1
     assert "float32 (64, 5) at batch size 64, expected float32 (64, 10)" in outcome.err
@@ -406,12 +417,12 @@ def test_another_number_of_classes_fails(run: MnistBn, network: Network) -> None
 def test_graphs_that_disagree_are_not_pinned(run: MnistBn, pinned: bytes, network: Network) -> None:
     bias = network.state["linear3.bias"] + np.float32(0.5)
     changed = replace(network, state=network.state | {"linear3.bias": bias})
-    (layout.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
+    (paths.MODELS / "bn-folded.onnx").write_bytes(changed.graph(folded=True))
     outcome = run("--update")
     assert outcome.status == 1
     assert "nothing pinned" in outcome.err
     assert "models/bn-folded.onnx differs from models/bn.onnx" in outcome.err
-    assert regress.GOLDENS.read_bytes() == pinned
+    assert GOLDEN_FILE.read_bytes() == pinned
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
@@ -432,21 +443,21 @@ def test_interrupted_update_leaves_the_old_goldens(
         patch.setattr(Path, "replace", interrupted)
         outcome = run("--update")
     assert outcome.status != 0
-    assert regress.GOLDENS.read_bytes() == pinned
-    assert {path.name for path in regress.FIXTURES.iterdir()} == {
-        regress.IMAGES.name,
-        *(path.name for path in regress.PINNED.values()),
+    assert GOLDEN_FILE.read_bytes() == pinned
+    assert {path.name for path in GOLDEN_FOLDER.iterdir()} == {
+        GOLDEN_IMAGES.name,
+        *(path.name for path in GOLDEN_FILES.values()),
     }
     if isinstance(fault, OSError):
         assert outcome.status == 2
-        assert f"{regress.GOLDENS} cannot be written: No space left" in outcome.err
+        assert f"{GOLDEN_FILE} cannot be written: No space left" in outcome.err
 
 
 def test_update_and_json_exclude_each_other(run: MnistBn) -> None:
     outcome = run("--update", "--json")
     assert outcome.status == 2
     assert "--update compares nothing" in outcome.err
-    assert not regress.GOLDENS.exists()
+    assert not GOLDEN_FILE.exists()
 
 
 @pytest.mark.usefixtures("pinned")

@@ -110,9 +110,7 @@ def test_store_without_runs_says_how_to_get_some(
     store.client(project).create_experiment("mnist-batchnorm")
     done = mnist_bn("runs")
     assert (done.status, done.err) == (0, "")
-    assert done.out == (
-        f"no runs in sqlite:///{project}/mlflow.db; `mnist-bn sync` tells MLflow of them\n"
-    )
+    assert done.out == (f"no runs in sqlite:///{project}/mlflow.db; `mnist-bn sync` logs them\n")
     assert json.loads(mnist_bn("runs", "--json").out) == []
 
 

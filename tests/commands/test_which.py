@@ -18,12 +18,12 @@ from mnist_batchnorm.artifacts.registry_file import (
     Ledger,
     Measured,
     PromotedByRules,
-    Rule,
+    RuleResult,
 )
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import Params
 from mnist_batchnorm.core.paths import MODELS, REGISTERED, REGISTRY
-from mnist_batchnorm.mlflow_sync.run_store import Runs
+from mnist_batchnorm.mlflow_sync.run_store import RunStore
 from tests.conftest import MnistBn
 from tests.support import recorded, store
 
@@ -166,7 +166,7 @@ def test_registered_version_is_named(changed: Path, mnist_bn: MnistBn) -> None:
         files=files,
         errors=dict.fromkeys(files, ()),
     )
-    proven = {"parity": Rule(passed=True, says="computes what it should", numbers={})}
+    proven = {"parity": RuleResult(passed=True, says="computes what it should", numbers={})}
     ledger = Ledger().with_version(measured, Decision(outcome="promoted", rules=proven))
     ledger.with_event(PromotedByRules(version=1)).save(REGISTRY)
     assert (
@@ -298,7 +298,7 @@ def test_before_the_first_sync_git_answers(
 
 def test_another_experiments_runs_are_not_asked(changed: Path, mnist_bn: MnistBn) -> None:
     store.edit(changed / "params.yaml", "experiment: mnist-batchnorm", "experiment: other")
-    Runs.open("other", changed)
+    RunStore.open("other", changed)
     told = found(mnist_bn, changed / "models/bn.onnx")
     assert told["run"] is None
     assert told["source"]["commit"]

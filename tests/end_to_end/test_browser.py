@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from scripts.browser import BrowserError, Window
 
+from mnist_batchnorm.mlflow_sync.uri import charts_page
 from scripts import browser, screenshots
 from tests.support import commands, store
 
@@ -88,7 +89,7 @@ def fill(folder: Path) -> tuple[str, str, dict[str, str]]:
     for alias in ("champion", "candidate"):  # versions 1 and 2
         version = client.create_model_version("mnist-bn", source, ids["bn"]).version
         client.set_registered_model_alias("mnist-bn", alias, version)
-    return experiment, browser.charts(experiment), names
+    return experiment, charts_page(experiment), names
 
 
 def params(variant: str) -> dict[str, object]:

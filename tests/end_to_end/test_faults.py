@@ -18,12 +18,12 @@ import pytest
 
 from mnist_batchnorm.core.params import load_params
 from mnist_batchnorm.core.paths import VARIANTS
-from mnist_batchnorm.mlflow_sync.run_store import CURVE
+from mnist_batchnorm.mlflow_sync.points import CURVE
 from tests.conftest import fill
-from tests.stages.test_train import OUTPUTS, TRAIN, Files, files, make_workspace
 from tests.support import commands, services, store
 from tests.support.commands import Command, environment, run, running
 from tests.support.services import Faulty, Mode, Server
+from tests.support.training import OUTPUTS, TRAIN, Files, files, make_workspace
 from tests.training.test_live import INCOMPLETE
 
 if TYPE_CHECKING:
@@ -40,18 +40,19 @@ DEADLINE = 600.0  # seconds for all trainings without a tracker; the machine may
 # Trains one network in several folders: PyTorch starts once for all.
 UNTRACKED = """
 import os, sys
-from mnist_batchnorm.stages.train import work
+from mnist_batchnorm.training.worker import train_network
 variant, *folders = sys.argv[1:]
 for folder in folders:
     os.chdir(folder)
-    work(variant, lambda event: None)
+    train_network(variant, lambda event: None)
 """
 
 # The command, with all the time that the process beside it asks for: what that says of its store
 # does not depend on how busy the machine is.
 PATIENT = """
-from mnist_batchnorm import cli, tracking
-tracking.GRACE = 60.0
+from mnist_batchnorm import cli
+from mnist_batchnorm.training import live
+live.DELIVERY_GRACE_S = 60.0
 cli.main()
 """
 
@@ -212,7 +213,7 @@ def disturb(chance: random.Random, site: Site, command: Command, first: str) -> 
     story: list[str] = []
     begun = time.monotonic()
     pause_until(
-        command, lambda: len(command.processes("mnist_batchnorm.stages.train")) == len(VARIANTS)
+        command, lambda: len(command.processes("mnist_batchnorm.training.worker")) == len(VARIANTS)
     )
     fault = first
     while command.process.poll() is None:

@@ -13,9 +13,8 @@ from ruamel.yaml import YAML
 
 from mnist_batchnorm.artifacts.splits import load_split, network_input
 from mnist_batchnorm.core.paths import GRAPHS
+from mnist_batchnorm.mlflow_sync.uri import TRAINING_RUNS
 from tests.support.pipeline import ROOT, Project, make_project
-
-TRAININGS = "tags.dvc.stage = 'train'"  # not the runs of stage seeds
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def test_mlflow_has_one_finished_run_per_network(project: Project) -> None:
     (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
     runs = {
         run.data.tags["mnist_bn.variant"]: run
-        for run in client.search_runs([experiment.experiment_id], TRAININGS)
+        for run in client.search_runs([experiment.experiment_id], TRAINING_RUNS)
     }
     assert runs.keys() == {"bn", "plain"}
     for variant, run in runs.items():
@@ -141,7 +140,7 @@ def test_fresh_clone_runs_the_gate_and_tells_its_own_mlflow(
     assert clone.check("git", "status", "--porcelain") == ""
     client = MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
-    runs = client.search_runs([experiment.experiment_id], TRAININGS)
+    runs = client.search_runs([experiment.experiment_id], TRAINING_RUNS)
     assert all("test/accuracy" in run.data.metrics for run in runs)
     assert len(client.search_logged_models([experiment.experiment_id])) == 2
 
@@ -190,7 +189,7 @@ def test_experiment_logs_to_the_same_store_under_its_name(tmp_path: Path, projec
     copy.check("dvc", "exp", "run", "--temp", "-n", "slower", "-S", "train.lr=0.003")
     client = MlflowClient(f"sqlite:///{copy.folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist-batchnorm'")
-    runs = client.search_runs([experiment.experiment_id], TRAININGS)
+    runs = client.search_runs([experiment.experiment_id], TRAINING_RUNS)
     experiments = [run for run in runs if run.data.tags.get("dvc.exp_name") == "slower"]
     assert {run.data.tags["mnist_bn.variant"] for run in experiments} == {"bn", "plain"}
     assert {run.data.params["train.lr"] for run in experiments} == {"0.003"}

@@ -15,8 +15,9 @@ import pytest
 
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.paths import GRAPHS
+from mnist_batchnorm.mlflow_sync.points import CURVE
 from mnist_batchnorm.mlflow_sync.run_identity import EXPERIMENT_TAG, WEIGHTS_TAG
-from mnist_batchnorm.mlflow_sync.run_store import CURVE, PARENT_TAG
+from mnist_batchnorm.mlflow_sync.run_store import PARENT_TAG
 from tests.support import commands, services, store
 from tests.support.pipeline import PATIENCE, STORE, Project, make_project
 

@@ -17,8 +17,8 @@ from tests.package.conftest import Package, change_parity
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_mlflow_computes_what_onnx_runtime_does(package: Package, name: str) -> None:
-    folder = package("mlflow") / name
+def test_mlflow_computes_what_onnx_runtime_does(shared_package: Package, name: str) -> None:
+    folder = shared_package("mlflow") / name
     content = (MODELS / SERVED[name]).read_bytes()
     assert (folder / "model.onnx").read_bytes() == content
     images = read_proven().images
@@ -26,8 +26,8 @@ def test_mlflow_computes_what_onnx_runtime_does(package: Package, name: str) -> 
     assert predicted["logits"].tobytes() == runtime.load(content).run(images).tobytes()
 
 
-def test_description_tells_the_truth(package: Package) -> None:
-    folder = package("mlflow") / "mnist-bn"
+def test_description_tells_the_truth(shared_package: Package) -> None:
+    folder = shared_package("mlflow") / "mnist-bn"
     model = Model.load(str(folder))
     (image,), (logits,) = model.signature.inputs.inputs, model.signature.outputs.inputs
     assert (image.name, image.type, image.shape) == ("image", np.dtype("float32"), (-1, 784))
@@ -55,8 +55,8 @@ def test_requires_the_onnx_runtime_of_the_proof(mnist_bn: MnistBn) -> None:
     ]
 
 
-def test_mlserver_gives_the_names_and_versions_of_our_server(package: Package) -> None:
-    folder = package("mlflow")
+def test_mlserver_gives_the_names_and_versions_of_our_server(shared_package: Package) -> None:
+    folder = shared_package("mlflow")
     for name in REGISTERED:
         assert json.loads((folder / name / "model-settings.json").read_text()) == {
             "name": name,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2 as proto
 
-from mnist_batchnorm.artifacts.goldens import IMAGES
+from mnist_batchnorm.artifacts.goldens import GOLDEN_IMAGES
 from mnist_batchnorm.artifacts.splits import load_split, network_input
 from mnist_batchnorm.core.errors import CheckFailedError
 from mnist_batchnorm.core.files import digest
@@ -34,8 +34,8 @@ def read_config(folder: Path) -> proto.ModelConfig:
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_configuration_tells_the_truth_about_the_file(package: Package, name: str) -> None:
-    folder = package("triton") / name
+def test_configuration_tells_the_truth_about_the_file(shared_package: Package, name: str) -> None:
+    folder = shared_package("triton") / name
     config = read_config(folder)
     path = folder / "1/model.onnx"
     session = onnxruntime.InferenceSession(path)
@@ -64,9 +64,9 @@ def test_configuration_tells_the_truth_about_the_file(package: Package, name: st
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_warm_up_is_real_images(package: Package, name: str) -> None:
-    folder = package("triton") / name
-    split = load_split(IMAGES)
+def test_warm_up_is_real_images(shared_package: Package, name: str) -> None:
+    folder = shared_package("triton") / name
+    split = load_split(GOLDEN_IMAGES)
     images = network_input(split.images)
     label = {image.tobytes(): int(digit) for image, digit in zip(images, split.labels, strict=True)}
     seen, batches = [], []
@@ -101,8 +101,8 @@ def test_version_folder_has_the_registered_number(package: Package, mnist_bn: Mn
             assert [*read_config(place / name).version_policy.specific.versions] == [number]
 
 
-def test_plain_network_is_number_1(package: Package) -> None:
-    folder = package("triton") / "mnist-plain"
+def test_plain_network_is_number_1(shared_package: Package) -> None:
+    folder = shared_package("triton") / "mnist-plain"
     assert digest(folder / "1/model.onnx") == digest(MODELS / "plain.onnx")
     assert [*read_config(folder).version_policy.specific.versions] == [1]
 
@@ -119,8 +119,8 @@ def test_unregistered_model_has_no_number(mnist_bn: MnistBn) -> None:
     assert not Path("out").exists()
 
 
-def test_nothing_but_models_is_a_folder(package: Package) -> None:
-    folder = package("triton")
+def test_nothing_but_models_is_a_folder(shared_package: Package) -> None:
+    folder = shared_package("triton")
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {*SERVED}
 
 
@@ -143,8 +143,8 @@ def test_example_of_the_quoting() -> None:
     assert quote('a"\\\n\x7fé') == '"a\\042\\134\\012\\177\\303\\251"'
 
 
-def test_images_are_little_endian(package: Package) -> None:
-    folder = package("triton") / "mnist-bn/warmup"
+def test_images_are_little_endian(shared_package: Package) -> None:
+    folder = shared_package("triton") / "mnist-bn/warmup"
     pixels = np.frombuffer((folder / "digit-7").read_bytes(), "<f4")
     assert pixels.max() == 1.0
     assert pixels.min() == 0.0

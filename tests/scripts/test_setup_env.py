@@ -351,6 +351,26 @@ def test_other_torch_is_the_locked_version_and_its_runtime_is_left_out(
     assert all(re.match(r"torch|triton|nvidia-|cuda-", name) for name in left_out)
 
 
+@pytest.mark.parametrize("backend", ["lock", "cpu"])
+def test_lowest_versions_go_into_an_environment_of_their_own(
+    setup_env: ModuleType,
+    installed: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+) -> None:
+    monkeypatch.setenv("TORCH_BACKEND", backend)
+    setup_env.set_up()
+    installed.clear()
+    setup_env.set_up_lowest()
+    venv, requirements, editable = installed
+    assert venv[-1] == str(setup_env.LOWEST_VENV)
+    assert {"--all-extras", "--group", "lowest-direct"} <= set(requirements)
+    assert ("--torch-backend" in requirements) is (backend == "cpu")
+    python = str(setup_env.LOWEST_VENV / "bin/python")
+    assert python in requirements
+    assert python in editable
+
+
 def test_choice_of_torch_stays_until_another_is_made(
     setup_env: ModuleType, installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,7 +594,7 @@ def program(tree: Path, name: str, script: str) -> None:
 def test_make_alone_lists_every_goal_with_its_purpose(tree: Path) -> None:
     goals = re.search(r"^\.PHONY: (.+)$", MAKEFILE.read_text(), re.MULTILINE)
     assert goals is not None
-    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", make(tree).stdout, re.MULTILINE))
+    listed = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", make(tree).stdout, re.MULTILINE))
     assert listed.keys() == set(goals[1].split())
     assert {"repro", "test", "setup", "ui", "lock", "clean", "help"} <= listed.keys()
 
@@ -622,7 +642,7 @@ def outputs(cached: bool) -> Iterator[str]:
 
 
 def test_clean_removes_what_can_be_made_again_and_nothing_else(tree: Path) -> None:
-    removed = [*outputs(cached=True), ".venv/bin/python", ".mypy_cache/x"]
+    removed = [*outputs(cached=True), ".venv/bin/python", ".venv-lowest/x", ".mypy_cache/x"]
     kept = [
         *outputs(cached=False),
         "mlflow.db",
@@ -656,6 +676,13 @@ def test_ci_runs_the_pythons_that_pyproject_promises() -> None:
     workflow = YAML(typ="safe").load(ROOT / ".github/workflows/ci.yml")
     promised = re.findall(r"Python :: (\d\.\d+)", "\n".join(PYPROJECT["project"]["classifiers"]))
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == promised == [*PYTHONS]
+
+
+def test_ci_tests_the_lowest_versions_on_the_lowest_python() -> None:
+    steps = YAML(typ="safe").load(ROOT / ".github/workflows/ci.yml")["jobs"]["lowest"]["steps"]
+    versions = [step.get("with", {}).get("python-version") for step in steps]
+    assert PYTHONS[0] in versions
+    assert steps[-1] == {"run": "make test-lowest"}
 
 
 def test_pre_commit_runs_what_the_lock_provides() -> None:

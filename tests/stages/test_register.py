@@ -9,15 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import binomtest
 
+from mnist_batchnorm.artifacts.goldens import GOLDEN_FILES, GOLDEN_IMAGES
 from mnist_batchnorm.artifacts.splits import load_split, network_input, save_split
-from mnist_batchnorm.commands import regress
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.paths import (
     CHECKPOINT,
@@ -28,7 +24,6 @@ from mnist_batchnorm.core.paths import (
     TEST_SPLIT,
 )
 from mnist_batchnorm.parity import Check, runtime
-from mnist_batchnorm.promotion.rules import mcnemar
 from tests.conftest import MnistBn
 from tests.support.candidates import (
     ALIKE,
@@ -227,17 +222,17 @@ def goldens_off(_: Path) -> None:
 
 def goldens_missing(_: Path) -> None:
     lay(shifted(ALIKE))
-    regress.GOLDENS.unlink()
+    GOLDEN_FILES["bn"].unlink()
 
 
 def goldens_unreadable(_: Path) -> None:
     lay(shifted(ALIKE))
-    regress.GOLDENS.write_text("{}")
+    GOLDEN_FILES["bn"].write_text("{}")
 
 
 def images_of_the_goldens_missing(_: Path) -> None:
     lay(shifted(ALIKE))
-    regress.IMAGES.unlink()
+    GOLDEN_IMAGES.unlink()
 
 
 def key_missing(folder: Path) -> None:
@@ -270,7 +265,7 @@ def key_missing(folder: Path) -> None:
             "goldens",
             r"no outputs have been pinned yet; `mnist-bn regress --update",
         ),
-        (goldens_unreadable, "goldens", r"pipeline-goldens\.json holds no goldens"),
+        (goldens_unreadable, "goldens", r"goldens/bn\.json holds no goldens"),
         (images_of_the_goldens_missing, "goldens", r"no goldens/images\.safetensors"),
         (key_missing, "signature", r"no release\.pub, the public key that register\.signed_by"),
     ],
@@ -334,7 +329,7 @@ def test_signature_is_asked_for_where_one_is_demanded(
         asked.append((models, public_key))
         return next(problems)
 
-    monkeypatch.setattr("mnist_batchnorm.commands.sign.signature_problem", signature_problem)
+    monkeypatch.setattr("mnist_batchnorm.signing.signer.signature_problem", signature_problem)
     (second / "release.pub").write_bytes(b"a public key")
     demand(second, signed_by="release.pub")
     mnist_bn("register")
@@ -437,7 +432,10 @@ def test_elsewhere_the_same_history_gives_the_same_bytes(
 
 
 @pytest.mark.usefixtures("second")
-def test_files_that_were_rolled_back_stay_back(mnist_bn: MnistBn) -> None:
+def test_files_that_were_rolled_back_stay_back(
+    mnist_bn: MnistBn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_batchnorm.mlflow_sync.sync.show_registry", lambda: None)
     mnist_bn("register")
     assert mnist_bn("rollback").status == 0
     mnist_bn("register")
@@ -568,28 +566,3 @@ def test_lock_file_is_none_of_gits(folder: Path, mnist_bn: MnistBn) -> None:
         env=environment,
     )
     assert done.stdout == "?? models/registry.json\n"
-
-
-# --- McNemar's test -----------------------------------------------------------------------------
-
-
-@given(st.integers(0, 400), st.integers(0, 400))
-def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int) -> None:
-    n = only_first + only_second
-    expected = binomtest(only_first, n, alternative="greater").pvalue if n else 1.0
-    assert mcnemar(only_first, only_second) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("only_first", "only_second", "p"),
-    [(0, 0, 1.0), (0, 9, 1.0), (5, 0, 1 / 32), (4, 0, 1 / 16), (1, 1, 0.75), (10_000, 0, 0.0)],
-)
-def test_mcnemar_by_hand(only_first: int, only_second: int, p: float) -> None:
-    assert mcnemar(only_first, only_second) == p
-
-
-def test_mcnemar_keeps_its_level() -> None:
-    rng = np.random.default_rng(0)
-    first = rng.binomial(100, 0.5, size=2000)
-    refused = np.mean([mcnemar(int(b), 100 - int(b)) <= 0.05 for b in first])
-    assert 0.03 < refused <= 0.05

@@ -14,7 +14,7 @@ from torch import nn
 from mnist_batchnorm.core.params import Params
 from mnist_batchnorm.core.paths import SPLITS, VARIANTS
 from mnist_batchnorm.network.model import Architecture
-from mnist_batchnorm.stages import seeds as stage
+from mnist_batchnorm.training import replicas as module
 from mnist_batchnorm.training.devices import DeviceSplit
 from mnist_batchnorm.training.loop import architecture, fit, measure
 from tests.conftest import MnistBn
@@ -73,13 +73,15 @@ def test_command_writes_the_figures_of_every_seed(folder: Path, mnist_bn: MnistB
 
 
 def test_replicas_end_where_the_runs_of_their_seeds_do(folder: Path, params: Params) -> None:
-    # to rounding, which moves a prediction or two; test_engine.py has the exact senses
+    # to rounding, which moves a prediction or two; test_fused.py has the exact senses
     cpu = torch.device("cpu")
     splits = {name: DeviceSplit.load(folder / path, cpu) for name, path in SPLITS.items()}
     short = params.train.model_copy(update={"epochs": EPOCHS})
     for variant in VARIANTS:
         models = [architecture(variant, short).build(seed) for seed in (4, 5)]
-        replicas = stage.train_replicas(variant, models, [4, 5], splits, short, cpu, lambda _: None)
+        replicas = module.train_replicas(
+            variant, models, [4, 5], splits, short, cpu, lambda _: None
+        )
         for index, seed in enumerate([4, 5]):
             alone = architecture(variant, short).build(seed)
             of_seed = short.model_copy(update={"seed": seed})
@@ -97,19 +99,19 @@ def test_interrupted_seeds_go_on_to_the_same_bits(
     assert mnist_bn("seeds").status == 0
     whole = (folder / "reports/metrics/seeds.json").read_bytes()
 
-    from mnist_batchnorm.training.checkpoint import Unfinished
+    from mnist_batchnorm.training.checkpoint import TrainingCheckpoint
 
-    keep = Unfinished.keep
+    save = TrainingCheckpoint.save
     both = threading.Barrier(2)  # the first to be interrupted stops the other
 
-    def interrupted(self: Unfinished, *arguments: object) -> None:
-        keep(self, *arguments)  # type: ignore[arg-type]
+    def interrupted(self: TrainingCheckpoint, *arguments: object) -> None:
+        save(self, *arguments)  # type: ignore[arg-type]
         both.wait(60)
         raise KeyboardInterrupt
 
     (folder / "reports/metrics/seeds.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "keep", interrupted)
+        patch.setattr(TrainingCheckpoint, "save", interrupted)
         assert mnist_bn("seeds").status == 130
     assert not (folder / "reports/metrics/seeds.json").exists()
     assert len(list((folder / ".checkpoints").iterdir())) == 2
@@ -169,7 +171,7 @@ def test_no_memory_is_the_users_mistake(
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         )
 
-    monkeypatch.setattr(stage, "train_replicas", full)
+    monkeypatch.setattr(module, "train_replicas", full)
     done = mnist_bn("seeds")
     assert done.status == 2
     assert "not enough memory to train: lower" in done.err

@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from mnist_batchnorm.artifacts.goldens import (
+    GOLDEN_FILES,
+    GOLDEN_FOLDER,
+    GOLDEN_IMAGES,
+    read_golden_images,
+    write_pinned_outputs,
+)
 from mnist_batchnorm.artifacts.registry_file import Ledger
-from mnist_batchnorm.commands import regress
 from mnist_batchnorm.core.paths import (
     CHECKPOINT,
     MODELS,
@@ -19,6 +25,9 @@ from mnist_batchnorm.core.paths import (
     TEST_SPLIT,
 )
 from mnist_batchnorm.network.model import load_checkpoint
+from mnist_batchnorm.promotion.goldens import pin_outputs
+from mnist_batchnorm.promotion.onnx_model import load_onnx_model
+from tests.conftest import ROOT
 from tests.support.finished import PASSED, write_parity
 from tests.support.graphs import REGRESSION, Network, arrays_of
 
@@ -41,8 +50,8 @@ def prepare_folder(project: Path, prepared: Path) -> None:
     GOOD.write_plain()
     TEST_SPLIT.parent.mkdir(parents=True)
     shutil.copy(prepared / "test.safetensors", TEST_SPLIT)
-    regress.FIXTURES.mkdir(parents=True)
-    shutil.copy(REGRESSION / "images.safetensors", regress.IMAGES)
+    GOLDEN_FOLDER.mkdir(parents=True)
+    shutil.copy(ROOT / GOLDEN_IMAGES, GOLDEN_IMAGES)
     demand(project, min_accuracy=FLOOR)
 
 
@@ -64,8 +73,8 @@ def lay(network: Network, *, pin: bool = True) -> None:
     CHECKPOINT.write_bytes(network.state["linear3.bias"].tobytes())
     write_parity(Path(), PASSED)
     if pin:
-        graphs = [regress.load_graph(MODELS / file) for file in REGISTERED.values()]
-        regress.save_goldens(regress.GOLDENS, regress.pin(graphs, *regress.load_fixture()))
+        models = [load_onnx_model(MODELS / file) for file in REGISTERED.values()]
+        write_pinned_outputs(GOLDEN_FILES["bn"], pin_outputs(models, *read_golden_images()))
 
 
 def ledger() -> Ledger:

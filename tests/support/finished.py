@@ -1,5 +1,6 @@
 """A folder in which every stage before report has run, made with what those stages write."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +13,26 @@ import torch
 from onnx import TensorProto, helper
 
 from mnist_batchnorm.artifacts.curves import Epoch, write_curve
-from mnist_batchnorm.artifacts.seeds import curves, summarize
+from mnist_batchnorm.artifacts.metrics import (
+    TEST_METRICS,
+    EvaluationMetrics,
+    TrainMetrics,
+    write_train_metrics,
+)
+from mnist_batchnorm.artifacts.parity_report import goldens_of
+from mnist_batchnorm.artifacts.predictions import write_confusion, write_predictions
+from mnist_batchnorm.artifacts.seeds import write_seeds as write_seed_runs
 from mnist_batchnorm.artifacts.splits import CLASSES, SIDE, load_split
 from mnist_batchnorm.core.files import digest, write_bytes, write_json, write_text
 from mnist_batchnorm.core.params import Params
-from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, SEED_CURVES, SEEDS, VARIANTS
+from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, VARIANTS
+from mnist_batchnorm.network.evaluation import evaluate
 from mnist_batchnorm.network.model import Checkpoint, save_checkpoint
-from mnist_batchnorm.parity import Check, Diagnosis, ParityReport
+from mnist_batchnorm.parity import Check, Diagnosis, ParityReport, runtime
 from mnist_batchnorm.parity.report import CHECKS
-from mnist_batchnorm.stages.evaluate import evaluate
-from mnist_batchnorm.stages.verify import goldens_of
 from mnist_batchnorm.training.loop import architecture
 from mnist_batchnorm.training.replicas import Replicas
+from mnist_batchnorm.training.seeds import summarize
 
 PASSED = [Check(name, "passed", f"{name}: nothing against it") for name in CHECKS]
 MEASURED: dict[str, Any] = {
@@ -52,17 +61,17 @@ def finish(project: Path, prepared: Path, params: Params) -> None:
         save_checkpoint(project / f"models/{variant}.safetensors", checkpoint(variant, params))
         noise = np.random.default_rng(seed).normal(scale=2 + seed, size=(len(test), CLASSES))
         logits = (5 * np.eye(CLASSES)[test.labels] + noise).astype(np.float32)
-        metrics, confusion, predictions = evaluate(logits, test, params.evaluate.calibration_bins)
-        write_json(reports / f"metrics/test-{variant}.json", metrics)
-        write_text(reports / f"confusion/{variant}.csv", confusion)
-        write_text(reports / f"predictions/{variant}.csv", predictions)
+        result = evaluate(logits, test.labels, params.evaluate.calibration_bins)
+        metrics = EvaluationMetrics.model_validate(result, from_attributes=True)
         loss = 0.1 * (1 + seed)
         curve = [Epoch(i, loss / i, 1 - loss / i, loss, 1 - loss) for i in (1, 2, 3)]
-        write_curve(reports / f"curves/{variant}.csv", curve)
-        write_json(
-            reports / f"metrics/train-{variant}.json",
-            {"device": "cpu", "torch": "2.15.0", **asdict(curve[-1])},
-        )
+        with contextlib.chdir(project):
+            metrics.write(TEST_METRICS[variant])
+            write_confusion(variant, result.confusion)
+            write_predictions(variant, test, result.predicted, result.probability)
+            write_curve(variant, curve)
+            trained = TrainMetrics(device="cpu", torch="2.15.0")
+            write_train_metrics(variant, trained, curve[-1])
     write_seeds(project)
     for name in GRAPHS:
         write_bytes(project / "models" / name, tiny_graph())
@@ -96,8 +105,8 @@ def write_seeds(project: Path, count: int = 2, epochs: int = 3, gain: float = 0.
         # in pairs not all alike: every other plain network is a little better
         end = end + 0.0002 * (np.array(seeds) % 2) * (variant == "plain")
         results[variant] = Replicas(rows, (1 - end).tolist(), end.tolist(), Path(), "cpu")
-    write_json(project / SEEDS, summarize(results, seeds))
-    write_text(project / SEED_CURVES, curves(results, seeds))
+    with contextlib.chdir(project):
+        write_seed_runs(summarize(results))
 
 
 def checkpoint(variant: str, params: Params) -> Checkpoint:
@@ -154,7 +163,7 @@ def write_parity(
             checks=checks,
             diagnoses=list(diagnoses),
         )
-        return judged.to_json() | {"summary": judged.summary() | summary}
+        return judged.to_json() | {"summary": asdict(judged.summary()) | summary}
 
     split = load_split(project / test)
     graphs = {name: report(name, PASSED, [], MEASURED) for name in GRAPHS}
@@ -168,7 +177,10 @@ def write_parity(
             "images": len(split),
         },
         "versions": {"onnxruntime": "1.32.0", "onnx": "1.23.2", "torch": "2.15.0"},
-        "goldens": goldens_of(split, [project / models / name for name in graphs]),
+        "goldens": goldens_of(
+            split,
+            {name: runtime.load((project / models / name).read_bytes()).run for name in graphs},
+        ),
         "graphs": graphs,
     }
     write_json(project / "reports/parity.json", content)

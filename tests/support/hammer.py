@@ -1,4 +1,4 @@
-"""Clients that ask a server again and again, and count what becomes of every request."""
+"""Clients that load a server and count the outcome of every request."""
 
 import asyncio
 import base64
@@ -18,7 +18,6 @@ import numpy.typing as npt
 import orjson
 
 from mnist_batchnorm.artifacts.splits import network_input
-from mnist_batchnorm.parity import runtime
 
 Float32 = npt.NDArray[np.float32]
 USERS = 3000  # of an open load, fewer than the connections that a server takes
@@ -26,7 +25,7 @@ TIMEOUT = 60.0  # seconds for an answer; the machine may be busy
 
 
 def images(count: int, seed: int = 0) -> Float32:
-    """Images whose every bit counts, float32 ``[count, 784]``."""
+    """Random images, float32 ``[count, 784]``."""
     return np.random.default_rng(seed).random((count, 784), np.float32)
 
 
@@ -70,12 +69,12 @@ class Answer:
 
     @property
     def last(self) -> bool:
-        """Whether the server says that it hangs up."""
+        """Whether the server announces that it closes."""
         return self.headers.get("connection") == "close"
 
 
 class LostError(Exception):
-    """A request was sent, and its connection ended before its answer was whole."""
+    """The connection of a request ended before its answer was complete."""
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
@@ -100,12 +99,12 @@ Check = Callable[[Answer], str]
 
 @dataclass
 class Tally:
-    """What became of the requests.
+    """Outcomes of requests.
 
     Attributes:
-        counts: requests by what became of them: what `Check` says of the answer, ``lost``, or
-            ``unsent`` where there was no connection.
-        losses: what happened to the lost ones.
+        counts: requests by outcome: the result of `Check`, ``lost``, or ``unsent`` without a
+            connection.
+        losses: the errors of lost requests.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -113,15 +112,17 @@ class Tally:
 
 
 def logits_of(content: bytes, batch: Float32) -> bytes:
-    """What an ONNX file gives in this process, bit for bit."""
+    """The bits of an ONNX file's logits, computed in this process."""
+    from mnist_batchnorm.parity import runtime
+
     return runtime.load(content).run(batch).astype(np.float32).tobytes()
 
 
 def checker(expected: Mapping[str, bytes]) -> Check:
-    """Return what says of an answer from which version it is, or what is wrong with it.
+    """Return a check that names the version of an answer, or what is wrong with it.
 
     Args:
-        expected: the bits of the logits of each version.
+        expected: the bits of each version's logits.
     """
 
     def check(answer: Answer) -> str:
@@ -162,13 +163,13 @@ class Hammer:
     async def client(
         self, sent: bytes, *, every: float = 0.0, cut: int = 0, pipelined: int = 1
     ) -> None:
-        """Ask until stopped or until the server takes no connection any more.
+        """Send requests until stopped or until the server accepts no connection.
 
         Args:
             sent: the request.
-            every: seconds between requests, on average.
-            cut: bytes after which the request makes a pause; 0: none.
-            pipelined: requests that are sent at once.
+            every: mean seconds between requests.
+            cut: bytes of a request before a pause; 0: no pause.
+            pipelined: requests that are sent together.
         """
         connection = None
         while not self.stopped:
@@ -205,12 +206,14 @@ class Hammer:
 
 
 def version_of(content: bytes) -> str:
-    """The version as which an ONNX file is served that is not registered."""
+    """The served version of an ONNX file that is not registered."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 
 def prove(folder: Path, *contents: bytes) -> None:
-    """Let the gate's report say that it has passed these files too."""
+    """Add these files to the gate's report as passed."""
+    from mnist_batchnorm.parity import runtime
+
     path = folder / "reports/parity.json"
     report = json.loads(path.read_text())
     goldens = report["goldens"]
@@ -225,19 +228,19 @@ def prove(folder: Path, *contents: bytes) -> None:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Put a file in the place of another at once."""
+    """Replace a file atomically."""
     beside = path.with_suffix(".new")
     beside.write_bytes(content)
     beside.replace(path)
 
 
 def rows(count: int, model: str = "mnist-bn", *, binary: bool = True) -> tuple[bytes, Float32]:
-    """A request of many images in little space, as raw pixels, and what the network is given.
+    """A short request of many images, as raw pixels, and the network's input.
 
     Args:
-        count: images.
-        model: that is asked.
-        binary: whether the answer is to be as short.
+        count: number of images.
+        model: its name.
+        binary: whether the answer is raw, too.
     """
     pixels = np.random.default_rng(1).integers(0, 256, (count, 784), np.uint8)
     size = {"binary_data_size": pixels.size}
@@ -252,8 +255,8 @@ def rows(count: int, model: str = "mnist-bn", *, binary: bool = True) -> tuple[b
     return post(head + pixels.tobytes(), model, extra=extra), network_input(pixels)
 
 
-class _Asker(asyncio.Protocol):
-    """A connection for one request at a time, as light as can be."""
+class _LightConnection(asyncio.Protocol):
+    """A connection for one request at a time, with little overhead."""
 
     def __init__(self, load: "OpenLoad") -> None:
         self.load = load
@@ -276,13 +279,13 @@ class _Asker(asyncio.Protocol):
             end = self.answer.find(b"\r\n\r\n")
             if end < 0:
                 return
-            told = self.answer.index(b"content-length: ") + 16
-            self.size = end + 4 + int(self.answer[told : self.answer.index(b"\r\n", told)])
+            start = self.answer.index(b"content-length: ") + 16
+            self.size = end + 4 + int(self.answer[start : self.answer.index(b"\r\n", start)])
         if len(self.answer) >= self.size:
             answer, self.answer, self.size = self.answer, b"", 0
             began, self.began = self.began, 0.0
             self.load.waiting -= 1
-            self.load.note(self.load.what(answer), began)
+            self.load.record(self.load.classify(answer), began)
             self.load.idle.append(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -290,51 +293,51 @@ class _Asker(asyncio.Protocol):
             self.load.idle.remove(self)
         if self.began:
             self.load.waiting -= 1
-            self.load.note("lost", self.began)
+            self.load.record("lost", self.began)
 
 
 class OpenLoad:
-    """Requests at moments that do not depend on the answers, as from many people.
+    """An open load: requests at times that do not depend on the answers.
 
     Args:
         address: host and port.
         sent: the request.
-        right: the end of the right answer.
+        right: the end of the correct answer.
     """
 
     def __init__(self, address: tuple[str, int], sent: bytes, right: bytes) -> None:
         self.address = address
         self.sent = sent
         self.right = right
-        self.idle: list[_Asker] = []
+        self.idle: list[_LightConnection] = []
         self.opened = 0
         self.waiting = 0
         self.seconds: dict[str, list[float]] = {}
 
-    def what(self, answer: bytes) -> str:
-        """Say what an answer is."""
+    def classify(self, answer: bytes) -> str:
         status = answer[9:12].decode()
         if status == "200":
             return "200" if answer.endswith(self.right) else "wrong"
         return status if status != "503" or b"retry-after: 1" in answer else "503 alone"
 
-    def note(self, what: str, began: float) -> None:
-        """Count a request that is over."""
+    def record(self, outcome: str, began: float) -> None:
         now = asyncio.get_running_loop().time()
-        self.seconds.setdefault(what, []).append(now - began)
+        self.seconds.setdefault(outcome, []).append(now - began)
 
-    async def _ask_anew(self, began: float) -> None:
+    async def _connect_and_ask(self, began: float) -> None:
         loop = asyncio.get_running_loop()
         self.opened += 1
         try:
-            _, asker = await loop.create_connection(lambda: _Asker(self), *self.address)
+            _, connection = await loop.create_connection(
+                lambda: _LightConnection(self), *self.address
+            )
         except OSError as error:
-            self.note(f"unsent {error!r}", began)
+            self.record(f"unsent {error!r}", began)
         else:
-            asker.ask(began)
+            connection.ask(began)
 
     async def run(self, rate: float, seconds: float) -> None:
-        """Send so many requests a second while users are left; wait for the answers."""
+        """Send `rate` requests per second while users are left; wait for the answers."""
         loop = asyncio.get_running_loop()
         start, count = loop.time(), 0
         opening: set[asyncio.Task[None]] = set()
@@ -344,7 +347,7 @@ class OpenLoad:
                 if self.idle:
                     self.idle.pop().ask(due)
                 elif self.waiting + len(opening) < USERS:
-                    task = loop.create_task(self._ask_anew(due))
+                    task = loop.create_task(self._connect_and_ask(due))
                     opening.add(task)
                     task.add_done_callback(opening.discard)
             await asyncio.sleep(0.001)
@@ -353,11 +356,11 @@ class OpenLoad:
                 await asyncio.sleep(0.01)
 
     async def saturate(self, connections: int, seconds: float) -> float:
-        """Keep so many requests open; return how many were answered a second."""
+        """Keep a request open on each connection; return the answers per second."""
         loop = asyncio.get_running_loop()
         start = loop.time()
         for _ in range(connections):
-            await self._ask_anew(loop.time())
+            await self._connect_and_ask(loop.time())
         while loop.time() - start < seconds:
             while self.idle:
                 self.idle.pop().ask(loop.time())
@@ -367,17 +370,17 @@ class OpenLoad:
             await asyncio.sleep(0.01)
         return rate
 
-    def told(self) -> str:
-        """Requests by what became of them, with the time that half of them and 99 % took."""
+    def summary(self) -> str:
+        """Requests by outcome, with percentiles of their latency."""
         parts = []
-        for what, seconds in sorted(self.seconds.items()):
+        for outcome, seconds in sorted(self.seconds.items()):
             p50, p99, most = np.quantile(seconds, [0.5, 0.99, 1.0]) * 1e3
             parts.append(
-                f"{what}: {len(seconds):,} (p50 {p50:.1f}, p99 {p99:.1f}, max {most:.1f} ms)"
+                f"{outcome}: {len(seconds):,} (p50 {p50:.1f}, p99 {p99:.1f}, max {most:.1f} ms)"
             )
         return ", ".join(parts)
 
     def close(self) -> None:
-        """Hang up."""
-        for asker in list(self.idle):
-            asker.transport.close()
+        """Close all connections."""
+        for connection in list(self.idle):
+            connection.transport.close()

@@ -1,7 +1,7 @@
-"""Make the fixtures anew: ``python tests/regression/make.py`` after ``dvc repro prepare``.
+"""Make the pinned fixtures: ``python -m tests.support.pinned_fixture`` after ``dvc repro prepare``.
 
-Trains the small network, chooses the images and computes the golden logits; README.md says what
-each file is for. The same machine and the same versions write the same bytes.
+Trains the small network, chooses the images and computes the golden logits; goldens/README.md
+describes the files. The same machine and the same versions write the same bytes.
 """
 
 from pathlib import Path
@@ -10,21 +10,23 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from mnist_batchnorm.artifacts.goldens import Goldens, golden_images, save_goldens
+from mnist_batchnorm.artifacts.goldens import PinnedOutputs, pinned_images, write_pinned_outputs
 from mnist_batchnorm.artifacts.splits import CLASSES, Split, load_split, network_input, save_split
+from mnist_batchnorm.core.arrays import Float32, Float64
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import TrainParams
 from mnist_batchnorm.network.model import Checkpoint, save_checkpoint
-from mnist_batchnorm.promotion.goldens import Float32, Float64, margins
+from mnist_batchnorm.promotion.goldens import margins
 from mnist_batchnorm.training.devices import DeviceSplit, make_deterministic, resolve_device
 from mnist_batchnorm.training.loop import architecture, fit
 
-HERE = Path(__file__).parents[1] / "fixtures/regression"
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests/fixtures/regression"
 CHECKPOINT = HERE / "checkpoint.safetensors"
-IMAGES = Path(__file__).parents[2] / "goldens/images.safetensors"
+IMAGES = ROOT / "goldens/images.safetensors"
 GOLDENS = HERE / "goldens.json"
 
-PREPARED = Path(__file__).parents[2] / "data/prepared"
+PREPARED = ROOT / "data/prepared"
 
 PARAMS = TrainParams(
     seed=0,
@@ -42,8 +44,8 @@ PARAMS = TrainParams(
 # over all digits, the most confident mistakes. 64 together.
 TYPICAL, BOUNDARY, MISREAD = 3, 3, 4
 
-# Smallest margin between the two largest logits, relative to the largest: 100 times what rounding
-# can move a logit, so that no honest runtime predicts another class.
+# Smallest margin between the two largest logits, relative to the largest: 100 times the effect of
+# rounding, so that no correct runtime predicts another class.
 CLEAR_MARGIN = 1e-3
 
 
@@ -65,7 +67,7 @@ def train_network(path: Path) -> None:
 
 
 def float64_logits(checkpoint: Path, inputs: Float32) -> Float32:
-    """Compute what the checkpoint means, from the definition, without PyTorch or ONNX.
+    """Compute the checkpoint's logits from the definition, without PyTorch or ONNX.
 
     Batch norm in inference is gamma (x - mean) / sqrt(var + eps) + beta with the running
     statistics (Ioffe & Szegedy 2015, algorithm 2).
@@ -112,14 +114,14 @@ def main() -> None:
     fixture = Split(test.images[chosen], test.labels[chosen], test.index[chosen])
     save_split(IMAGES, fixture)
     logits = float64_logits(CHECKPOINT, network_input(fixture.images))
-    save_goldens(
+    write_pinned_outputs(
         GOLDENS,
-        Goldens(
+        PinnedOutputs(
             computed_by="float64 NumPy from checkpoint.safetensors",
             weights_sha256=digest(CHECKPOINT),
             onnx_sha256={},
             images_sha256=digest(IMAGES),
-            images=golden_images(fixture, logits),
+            images=pinned_images(fixture, logits),
         ),
     )
 

@@ -5,17 +5,16 @@ import hashlib
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from mnist_batchnorm.stages.download import FILES
+from mnist_batchnorm.data.download import FILES
+from tests.support import store
 
 ROOT = Path(__file__).parents[2]
 SLICE = ROOT / "tests/fixtures/mnist"
@@ -107,26 +106,13 @@ class Project:
         ignored = shutil.ignore_patterns(*without) if without else None
         shutil.copytree(self.folder, folder, symlinks=True, ignore=ignored)
         if (folder / "mlflow.db").exists():
-            _move(folder / "mlflow.db", str(self.folder), str(folder))
+            store.move_artifacts(folder / "mlflow.db", self.folder, folder)
         return replace(self, folder=folder)
 
     def clone(self, folder: Path) -> "Project":
         """Clone what is committed."""
         self.check("git", "clone", "-q", ".", str(folder))
         return replace(self, folder=folder)
-
-
-def _move(database: Path, old: str, new: str) -> None:
-    """Change the absolute paths in a SQLite database."""
-    with closing(sqlite3.connect(database)) as connection, connection:
-        columns = connection.execute(
-            "SELECT m.name, p.name FROM sqlite_master m, pragma_table_info(m.name) p"
-            " WHERE m.type = 'table' AND (p.name LIKE '%artifact%' OR p.name LIKE '%location%')"
-        ).fetchall()
-        for table, column in columns:
-            connection.execute(
-                f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?)', (old, new)
-            )
 
 
 def make_project(folder: Path, epochs: int = 3, seeds: int = 5) -> Project:

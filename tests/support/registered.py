@@ -3,20 +3,29 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from mnist_batchnorm import cli
-from mnist_batchnorm.commands import regress
+from mnist_batchnorm.artifacts.goldens import (
+    GOLDEN_FILES,
+    GOLDEN_FOLDER,
+    GOLDEN_IMAGES,
+    read_golden_images,
+    write_pinned_outputs,
+)
 from mnist_batchnorm.core.files import digest
 from mnist_batchnorm.core.params import Params
 from mnist_batchnorm.core.paths import CHECKPOINT, MODELS, REGISTERED
+from mnist_batchnorm.promotion.goldens import pin_outputs
+from mnist_batchnorm.promotion.onnx_model import load_onnx_model
+from tests.conftest import ROOT
 from tests.support import store
 from tests.support.candidates import FLOOR, demand
 from tests.support.finished import PASSED, finish, write_pages, write_parity
-from tests.support.graphs import REGRESSION, Network
+from tests.support.graphs import Network
 
 
 def prepare(folder: Path, prepared: Path, params: Params) -> None:
@@ -24,8 +33,8 @@ def prepare(folder: Path, prepared: Path, params: Params) -> None:
     finish(folder, prepared, params)
     write_pages(folder)
     store.make_trainable(folder)
-    (folder / regress.FIXTURES).mkdir(parents=True)
-    shutil.copy(REGRESSION / "images.safetensors", folder / regress.IMAGES)
+    (folder / GOLDEN_FOLDER).mkdir(parents=True)
+    shutil.copy(ROOT / GOLDEN_IMAGES, folder / GOLDEN_IMAGES)
     subprocess.run(["dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
     (folder / "mlflow.db").write_bytes(store.empty_database())
 
@@ -41,18 +50,20 @@ def lay(name: str, network: Network) -> None:
         cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
         cached.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, cached)
-    graphs = [regress.load_graph(path) for path in paths]
-    regress.save_goldens(regress.GOLDENS, regress.pin(graphs, *regress.load_fixture()))
+    models = [load_onnx_model(path) for path in paths]
+    write_pinned_outputs(GOLDEN_FILES["bn"], pin_outputs(models, *read_golden_images()))
 
 
-def register(folder: Path, networks: Mapping[str, Network]) -> None:
-    """Register networks one after the other in a prepared folder, and tell MLflow each time."""
+def register(
+    folder: Path, networks: Mapping[str, Network], commands: Sequence[str] = ("register", "sync")
+) -> None:
+    """Register networks one after the other in a prepared folder, by these commands for each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         demand(folder, min_accuracy=FLOOR)
         for name, network in networks.items():
             lay(name, network)
-            for command in ("register", "sync"):
+            for command in commands:
                 patch.setattr(sys, "argv", ["mnist-bn", command])
                 with pytest.raises(SystemExit) as end:
                     cli.main()

@@ -3,32 +3,48 @@
 import json
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import requests
 
 from mnist_batchnorm.artifacts.splits import CLASSES, SIDE, Split, save_split
 from mnist_batchnorm.core.paths import CHECKPOINT, TEST_SPLIT
-from mnist_batchnorm.network.model import load_checkpoint
 from tests.support import commands
-from tests.support.finished import PASSED, write_parity
-from tests.support.graphs import REGRESSION, Network, arrays_of
+
+if TYPE_CHECKING:
+    from tests.support.graphs import Network
 
 HOST = "127.0.0.1"
+TOKEN = "the-token-of-these-tests"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
 END = 30.0  # seconds for a server to end when told to; the machine may be busy
-NETWORK = Network(arrays_of(load_checkpoint(REGRESSION / "checkpoint.safetensors").model()))
 
 
-def lay(folder: Path, network: Network = NETWORK) -> None:
-    """Write what a server needs: the ONNX files of both networks and the gate's verdict on them."""
+@cache
+def network() -> "Network":
+    """The network of the regression checkpoint."""
+    from mnist_batchnorm.network.model import load_checkpoint  # imports torch
+    from tests.support.graphs import REGRESSION, Network, arrays_of
+
+    return Network(arrays_of(load_checkpoint(REGRESSION / "checkpoint.safetensors").model()))
+
+
+def lay(folder: Path, served: "Network | None" = None) -> None:
+    """Write what a server needs: the ONNX files of both networks and the gate's report on them."""
+    from tests.support.finished import PASSED, write_parity
+
     folder.mkdir(parents=True, exist_ok=True)
     with chdir(folder):
-        network.write()
-        network.write_plain()
-        CHECKPOINT.write_bytes(network.state["linear3.bias"].tobytes())
+        served = served or network()
+        served.write()
+        served.write_plain()
+        CHECKPOINT.write_bytes(served.state["linear3.bias"].tobytes())
         labels = np.arange(CLASSES, dtype=np.uint8)
         images = np.random.default_rng(0).integers(0, 256, (CLASSES, SIDE, SIDE), np.uint8)
         save_split(TEST_SPLIT, Split(images, labels, labels.astype(np.int32)))
@@ -36,7 +52,7 @@ def lay(folder: Path, network: Network = NETWORK) -> None:
 
 
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
         process: the command.
@@ -56,7 +72,7 @@ class Server:
         return HOST, int(self.url.rpartition(":")[2])
 
     def log(self) -> list[dict[str, Any]]:
-        """What it has logged so far; fails on a line that is no JSON object."""
+        """The lines of its log so far; fails on a line that is not a JSON object."""
         whole, _, _ = self._command.err.rpartition("\n")
         lines = []
         for line in whole.split("\n") if whole else ():
@@ -65,16 +81,16 @@ class Server:
         return lines
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """What it has logged so far under one name."""
+        """The logged events of one name."""
         return [line for line in self.log() if line["event"] == name]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Tell it to end; return its exit status once it has."""
+        """Send it a signal; return its exit status."""
         self.process.send_signal(number)
         return self.process.wait(END)
 
     def memory(self) -> int:
-        """Bytes that it and its workers keep in memory."""
+        """Resident bytes of the server and its workers."""
         resident = 0
         for process in self._command.processes():
             lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -105,3 +121,31 @@ def running(
             if server.process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):  # then it is killed
                     server.stop(signal.SIGINT)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + commands.PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "nothing yet"
+        time.sleep(0.01)
+
+
+def wait_for_event(server: Server, name: str, count: int) -> None:
+    until(lambda: len(server.events(name)) >= count)
+
+
+def workers_of(server: Server, count: int) -> list[int]:
+    """Their ids, once there are so many."""
+    wait_for_event(server, "serving", count)
+    return [event["pid"] for event in server.events("serving")]
+
+
+def counted(server: Server, name: str, **labels: str) -> float:
+    """The sum of what /metrics says under a name."""
+    lines = requests.get(f"{server.url}/metrics", headers=BEARER, timeout=60).text.splitlines()
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.partition("{")[0].partition(" ")[0] == name and all(one in line for one in wanted)
+    )

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import http.server
 import json
+import shutil
 import socket
+import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,8 +18,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from mnist_batchnorm.core.paths import CHECKPOINT_KEY
+from mnist_batchnorm.mlflow_sync.connection import ENVIRONMENT
+from mnist_batchnorm.mlflow_sync.points import Point, curve_points
 from mnist_batchnorm.mlflow_sync.run_identity import KEY_TAG
-from mnist_batchnorm.mlflow_sync.run_store import ENVIRONMENT, PARENT_TAG, Point, Runs, curve_points
+from mnist_batchnorm.mlflow_sync.run_store import PARENT_TAG, RunStore
 from mnist_batchnorm.mlflow_sync.uri import tracking_uri
 
 if TYPE_CHECKING:
@@ -52,8 +56,33 @@ def empty_database() -> bytes:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow itself sets it for whoever comes after
         # an experiment remembers where its artefacts are: this one is none that a test uses
-        Runs.open("elsewhere", Path(folder))
+        RunStore.open("elsewhere", Path(folder))
         return (Path(folder) / "mlflow.db").read_bytes()
+
+
+def move_artifacts(database: Path, old: Path, new: Path) -> None:
+    """Change the folder of the artifacts in a SQLite database, which has absolute paths."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        columns = connection.execute(
+            "SELECT m.name, p.name FROM sqlite_master m, pragma_table_info(m.name) p"
+            " WHERE m.type = 'table' AND (p.name LIKE '%artifact%' OR p.name LIKE '%location%')"
+        ).fetchall()
+        for table, column in columns:
+            connection.execute(
+                f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?)', (str(old), str(new))
+            )
+
+
+def copy_project(source: Path, target: Path) -> None:
+    """Copy a folder with its store, which then has its artifacts in the copy."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    move_artifacts(target / "mlflow.db", source, target)
+    note = target / "mlflow.db.synced"
+    if note.exists():
+        note.unlink()  # it is about the source
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()  # by run id: the copy's runs have the same
 
 
 def use_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +151,7 @@ def all_runs(folder: Path) -> "list[Run]":
     return result
 
 
-def artefacts(folder: Path, run: "Run") -> dict[str, bytes]:
+def artifacts(folder: Path, run: "Run") -> dict[str, bytes]:
     """Every file that was logged to a run, by its path."""
     import mlflow.artifacts
 
@@ -175,7 +204,7 @@ def shown(folder: Path) -> dict[str, Any]:
                 "parent": keys.get(run.data.tags.get(PARENT_TAG, "")),
                 "points": {m: history(folder, run, m) for m in run.data.metrics},
                 "data": sorted(d.dataset.digest for d in run.inputs.dataset_inputs),
-                "artefacts": artefacts(folder, run),
+                "artifacts": artifacts(folder, run),
             }
             for run in runs
         },

@@ -16,39 +16,34 @@ from mnist_batchnorm.core.errors import UserError
 if TYPE_CHECKING:
     import requests
 
-PATIENCE = (5.0, 30.0)  # seconds to connect, and for the next byte
-TRIES = 4  # of a request that a server is too busy for
-LONGEST_PAUSE = 5.0  # seconds between them, whatever the server says
+TIMEOUTS_S = (5.0, 30.0)  # to connect, and for the next byte
+ATTEMPTS = 4  # of a request that gets 503
+MAX_RETRY_DELAY_S = 5.0  # whatever Retry-After says
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model makes of some pictures.
-
-    Attributes:
-        version: of the model that answered.
-        logits: float32 ``[n, 10]``.
-    """
+class ModelOutput:
+    """Logits, float32 ``[n, 10]``, and the version of the model that computed them."""
 
     version: str
     logits: npt.NDArray[np.float32]
 
 
-Model: TypeAlias = Callable[[Pixels], Answers]  # of uint8 [n, 28, 28]
+Model: TypeAlias = Callable[[Pixels], ModelOutput]  # takes uint8 [n, 28, 28]
 
 
-class Server:
-    """A server of the Open Inference Protocol.
+class Client:
+    """Sends requests to a server of the Open Inference Protocol.
 
     Args:
-        url: its address, with the path where the protocol's ``/v2`` is.
-        token: to show it; None where it wants none.
+        url: base URL, without the protocol's ``/v2``.
+        token: bearer token, if the server requires one.
         insecure: send the token unencrypted to another machine.
 
     Raises:
-        UserError: The address is none, or the token would go unencrypted to another machine.
+        UserError: The URL is invalid, or the token would go unencrypted to another machine.
     """
 
     def __init__(self, url: str, token: str | None, *, insecure: bool = False) -> None:
@@ -67,86 +62,83 @@ class Server:
         self._token = token
         self._proxied = not local
 
-    def model(self, name: str) -> Model:
-        """Return one of its models."""
+    def infer(self, name: str, pixels: Pixels) -> ModelOutput:
+        """Send images to a model of the server.
 
-        def answer(pixels: Pixels) -> Answers:
-            return self._ask(name, pixels)
-
-        return answer
-
-    def _ask(self, name: str, pixels: Pixels) -> Answers:
+        Raises:
+            UserError: The server cannot be reached or returns an error.
+        """
         image = {
             "name": "image",
             "datatype": "UINT8",
             "shape": list(pixels.shape),
             "data": pixels.ravel().tolist(),
         }
-        said = self._post(
-            f"{self._url}/v2/models/{quote(name, safe='')}/infer", {"inputs": [image]}
-        )
+        url = f"{self._url}/v2/models/{quote(name, safe='')}/infer"
+        content = self._post(url, {"inputs": [image]})
         try:
-            (data,) = [one["data"] for one in said["outputs"] if one["name"] == "logits"]
+            (data,) = [out["data"] for out in content["outputs"] if out["name"] == "logits"]
             logits = np.array(data, np.float32).reshape(len(pixels), CLASSES)
-            version = str(said.get("model_version", ""))
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{self._url}: {name} gave no logits [{len(pixels)}, {CLASSES}]; is it this "
                 "project's model?"
             ) from None
-        return Answers(version, logits)
+        return ModelOutput(str(content.get("model_version", "")), logits)
 
-    def _post(self, url: str, content: object) -> dict[str, Any]:
+    def _post(self, url: str, body: object) -> dict[str, Any]:
         import requests
 
-        for remaining in reversed(range(TRIES)):
+        for remaining in reversed(range(ATTEMPTS)):
             try:
                 with requests.Session() as session:
                     session.trust_env = self._proxied  # no proxy knows this machine as 127.0.0.1
                     response = session.post(
                         url,
-                        json=content,
+                        json=body,
                         auth=self._authorize,
-                        timeout=PATIENCE,
+                        timeout=TIMEOUTS_S,
                         allow_redirects=False,  # a token is for the server that was named
                     )
             except requests.RequestException as error:
-                raise UserError(f"{self._url} does not answer: {_why(error)}; is it up?") from None
+                raise UserError(
+                    f"{self._url} does not answer: {_root_cause(error)}; is it up?"
+                ) from None
             if response.status_code != requests.codes.unavailable or not remaining:
                 break
-            time.sleep(_pause(response.headers.get("Retry-After")))
-        said = _json(response)
+            time.sleep(_retry_delay_s(response.headers.get("Retry-After")))
+        content = _json(response)
         if response.status_code != requests.codes.ok:
-            reason = said.get("error") or response.reason
+            reason = content.get("error") or response.reason
             advice = f"; give it in --token-file or {TOKEN}" if response.status_code == 401 else ""
             raise UserError(f"{self._url} refuses ({response.status_code}): {reason}{advice}")
-        return said
+        return content
 
     def _authorize(self, request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-        # also where there is none: requests would look into ~/.netrc
+        # also without a token: requests would otherwise read ~/.netrc
         if self._token is not None:
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
 
 
-def _why(error: Exception) -> str:
-    """Say what failed without the layers around it."""
+def _root_cause(error: Exception) -> str:
+    # the innermost of the errors that requests and urllib3 wrap
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = str(getattr(error, "reason", error))
-    return " ".join(text.rpartition("): ")[2].split())  # behind which object it was
+    return " ".join(text.rpartition("): ")[2].split())  # without the object's repr
 
 
-def _pause(header: str | None) -> float:
+def _retry_delay_s(header: str | None) -> float:
     try:
-        return min(max(float(header or 1), 0.1), LONGEST_PAUSE)
+        return min(max(float(header or 1), 0.1), MAX_RETRY_DELAY_S)
     except ValueError:  # a date
         return 1.0
 
 
 def _json(response: "requests.Response") -> dict[str, Any]:
     try:
-        said = response.json()
+        content = response.json()
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return content if isinstance(content, dict) else {}

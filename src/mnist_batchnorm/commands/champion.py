@@ -1,12 +1,13 @@
-"""What `promote` and `rollback` share: a person moves the champion, and the ledger says who.
+"""What `promote` and `rollback` share: a person changes the champion, and the ledger records who.
 
-Stage register imports none of this, so nothing that `announce` may come to call is its dependency.
+Not in `promotion`, so that stage register does not depend on how MLflow is updated.
 """
 
 import getpass
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,22 +15,18 @@ from mnist_batchnorm.artifacts.registry_file import Ledger
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.paths import REGISTRY
 
-REASON = 500  # characters
+MAX_REASON_CHARS = 500  # MLflow's descriptions, which show it, are limited
 
 
 def require_registry() -> None:
-    """Make sure that something has been registered here, before anything is locked or written.
-
-    Raises:
-        UserError: There is no ledger.
-    """
+    """Raise UserError if nothing has been registered here; before anything is locked or written."""
     if not REGISTRY.exists():
         raise UserError(f"no {REGISTRY} in {Path.cwd()}; run `dvc repro register` first")
 
 
-def who() -> str:
-    """Return the person's name and address as git has them, else the name of the account."""
-    name, email = _git_config("user.name"), _git_config("user.email")
+def current_person() -> str:
+    """Return the name and address in git's settings, else the account's name."""
+    name, email = _git_setting("user.name"), _git_setting("user.email")
     if name or email:
         return " ".join(part for part in (name, email and f"<{email}>") if part)
     try:
@@ -38,42 +35,37 @@ def who() -> str:
         return "unknown"
 
 
-def _git_config(key: str) -> str:
+def _git_setting(key: str) -> str:
     try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "config", key],  # noqa: S607
-            capture_output=True,
-            check=False,
-        )
-    except OSError:  # no git here
+        command = ["git", "config", key]
+        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+    except OSError:  # git is not installed
         return ""
-    return as_text(done.stdout.decode(errors="replace"))
+    return to_one_line(done.stdout.decode(errors="replace"))
 
 
-def as_text(words: str) -> str:
-    """Return words on one line, as UTF-8 can hold them."""
-    return " ".join(words.encode(errors="replace").decode().split())
+def to_one_line(text: str) -> str:
+    """Collapse white space, and replace what UTF-8 cannot encode."""
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
-def reason(words: str) -> str:
-    """Return a reason as the ledger holds it.
-
-    Raises:
-        UserError: It is longer than MLflow's descriptions, which show it, leave room for.
-    """
-    text = as_text(words)
-    if len(text) > REASON:
-        raise UserError(f"a reason of {len(text)} characters is too long; at most {REASON}")
-    return text
+def validate_reason(text: str) -> str:
+    """Return a reason as the ledger stores it; UserError if it is too long."""
+    reason = to_one_line(text)
+    if len(reason) > MAX_REASON_CHARS:
+        raise UserError(
+            f"a reason of {len(reason)} characters is too long; at most {MAX_REASON_CHARS}"
+        )
+    return reason
 
 
-def when() -> str:
-    """Return the time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def who_and_when() -> dict[str, Any]:
+    """Return the person and the time in UTC, ISO 8601, to the second, for an event."""
+    return {"who": current_person(), "when": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
 
 
-def announce(ledger: Ledger, *, to_stderr: bool = False) -> None:
-    """Say which version is champion now, and tell MLflow: how both commands end."""
+def publish_champion(ledger: Ledger, *, to_stderr: bool = False) -> None:
+    """Print the champion and update MLflow's registry."""
     from mnist_batchnorm.mlflow_sync.sync import show_registry
 
     click.echo(ledger.headline, err=to_stderr)

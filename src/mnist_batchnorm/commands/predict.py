@@ -1,9 +1,9 @@
-"""Tool predict: which digit a picture shows, by proven models here or by a server."""
+"""Tool predict: classify pictures of digits with proven local models or through a server."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from mnist_batchnorm.artifacts.splits import SIDE, network_input
-from mnist_batchnorm.client.http import Answers, Model, Pixels, Server
+from mnist_batchnorm.artifacts.splits import network_input
+from mnist_batchnorm.client.http import Client, Model, ModelOutput, Pixels
+from mnist_batchnorm.commands.options import FILE
 from mnist_batchnorm.core.access import TOKEN, read_token
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.paths import MODELS, PARITY, SERVED
@@ -23,20 +24,12 @@ if TYPE_CHECKING:
 DEFAULT = "mnist-bn"
 FILES = {name: MODELS / file for name, file in SERVED.items()}
 
-AT_ONCE = 100  # pictures in one pass or request
+BATCH_SIZE = 100  # pictures in a forward pass or request
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model makes of one picture.
-
-    Attributes:
-        model: its name.
-        version: likewise.
-        digit: the likeliest.
-        second: the next.
-        probabilities: of the ten digits, softmax of the logits.
-    """
+    """A model's answer for one picture: the two most probable digits, and all probabilities."""
 
     model: str
     version: str
@@ -45,187 +38,122 @@ class Prediction:
     probabilities: tuple[float, ...]
 
     def __str__(self) -> str:
-        """Say it in a few words."""
         first, then = (percent(self.probabilities[digit]) for digit in (self.digit, self.second))
         return f"{self.digit}  {first}, then {self.second}  {then}"
 
 
 def percent(probability: float) -> str:
-    """Write a probability for people; never 0 % or 100 %, which no network says."""
+    # never 0 % or 100 %: no prediction is certain
     if probability < 0.001:
         return "< 0.1 %"
     return "> 99.9 %" if probability > 0.999 else f"{probability:.1%}".replace("%", " %")
 
 
 def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return probabilities for logits, ``[..., 10]``."""
+    # not SciPy's, which the extras `client` and `serve` do not install; the values are equal
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: npt.NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
     return probabilities
 
 
-# --- who answers --------------------------------------------------------------------------------
-
-
-def here(name: str, onnx: Path) -> Model:
-    """Return a model that ONNX Runtime runs in this process.
+def load_local(name: str, file: Path | None) -> Model:
+    """Return a function that runs an ONNX file, by default the model's in `FILES`, here.
 
     Raises:
-        UserError: The file is missing or is no such model.
+        UserError: The file is missing or is not such a model.
         CheckFailedError: The parity gate has not proven it.
     """
     from mnist_batchnorm.serve.core import models
 
+    onnx = file or FILES.get(name)
+    if onnx is None:
+        raise UserError(f"--model {name}: which file is it? give {name}=FILE")
     model = models.load(name, onnx, PARITY, allow_unverified=True)
     if model.unproven:
         raise CheckFailedError(
             f"{onnx} is not asked: {model.unproven}; `dvc repro verify` proves it, or says why not"
         )
-
-    def answer(pixels: Pixels) -> Answers:
-        return Answers(model.version, model.run(network_input(pixels)))
-
-    return answer
+    return lambda pixels: ModelOutput(model.version, model.run(network_input(pixels)))
 
 
-# --- what is asked ------------------------------------------------------------------------------
+def predict(name: str, model: Model, pixels: Pixels) -> list[Prediction]:
+    """Classify pictures, uint8 ``[n, 28, 28]``, with one model."""
+    output = model(pixels)
+    probabilities = softmax(output.logits.astype(np.float64))
+    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :2].tolist()
+    return [
+        Prediction(name, output.version, first, second, tuple(row))
+        for (first, second), row in zip(best, probabilities.tolist(), strict=True)
+    ]
 
 
-def predict(pixels: Pixels, models: Mapping[str, Model]) -> list[list[Prediction]]:
-    """Ask models about pictures.
-
-    Args:
-        pixels: uint8 ``[n, 28, 28]``, 0 = background.
-        models: by name.
-
-    Returns:
-        For each picture what each model makes of it.
-
-    Raises:
-        UserError: A server does not answer or refuses.
-    """
-    of_models = []
-    for name, model in models.items():
-        answers = model(pixels)
-        of_one = []
-        for row in softmax(answers.logits.astype(np.float64)):
-            first, second = np.argsort(-row, kind="stable")[:2]
-            told = tuple(float(probability) for probability in row)
-            of_one.append(Prediction(name, answers.version, int(first), int(second), told))
-        of_models.append(of_one)
-    return [list(of_picture) for of_picture in zip(*of_models, strict=True)]
-
-
-def read_file(file: str) -> "Digit":
-    """Read a picture; ``-`` is standard input.
-
-    Raises:
-        UserError: It is missing or no picture that can be read.
-    """
+def read_file(file: str) -> "Digit | UserError":
+    """Read a picture, ``-`` from standard input; return why that failed otherwise."""
     from mnist_batchnorm.client.normalize import MAX_BYTES, read
 
-    if file == "-":
-        return read(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input")
     try:
-        with Path(file).open("rb") as stream:
+        with click.open_file(file, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
+        return read(content, "standard input" if file == "-" else file)
+    except UserError as error:
+        return error
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; check the name") from None
+        return UserError(f"{file}: no such file; check the name")
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    return read(content, file)
+        return UserError(f"{file}: cannot be read: {error.strerror}")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one file.
-
-    Attributes:
-        file: as it was named.
-        done: what was done to the picture.
-        predictions: one of each model.
-        error: why there are none.
-    """
-
-    file: str
-    done: tuple[str, ...] = ()
-    predictions: tuple[Prediction, ...] = ()
-    error: str | None = None
-
-
-def outcomes(files: Sequence[str], models: Mapping[str, Model]) -> Iterator[Outcome]:
-    """Read files and ask models about them, some at a time, in order.
+def classify(
+    files: Sequence[str], models: Mapping[str, Model]
+) -> Iterator[tuple[str, "Digit | UserError", tuple[Prediction, ...]]]:
+    """Read and classify files in batches; yield each with the predictions of all models in order.
 
     Raises:
-        UserError: A server does not answer or refuses.
+        UserError: A server cannot be reached or returns an error.
     """
-    for start in range(0, len(files), AT_ONCE):
-        read: list[tuple[str, Digit | str]] = []
-        for file in files[start : start + AT_ONCE]:
-            try:
-                read.append((file, read_file(file)))
-            except UserError as error:
-                read.append((file, str(error)))
-        shown = [digit.pixels for _, digit in read if not isinstance(digit, str)]
-        pixels = np.stack(shown) if shown else np.zeros((0, SIDE, SIDE), np.uint8)
-        answers = iter(predict(pixels, models) if shown else [])
-        for file, digit in read:
-            if isinstance(digit, str):
-                yield Outcome(file, error=digit)
-            else:
-                yield Outcome(file, digit.done, tuple(next(answers)))
-
-
-# --- the command --------------------------------------------------------------------------------
+    for start in range(0, len(files), BATCH_SIZE):
+        batch = [(file, read_file(file)) for file in files[start : start + BATCH_SIZE]]
+        pixels = [digit.pixels for _, digit in batch if not isinstance(digit, UserError)]
+        by_model = [predict(*item, np.stack(pixels)) for item in models.items() if pixels]
+        predictions = zip(*by_model, strict=True)
+        for file, digit in batch:
+            yield file, digit, () if isinstance(digit, UserError) else next(predictions)
 
 
 def _models(
     named: Sequence[str], url: str | None, token_file: Path | None, *, insecure: bool
 ) -> dict[str, Model]:
-    """Return who is asked, by name.
-
-    Raises:
-        UserError: An option does not fit, or a file is missing or no model.
-        CheckFailedError: A file is not proven.
-    """
-    wanted = {}
+    files = {}
     for word in named or [DEFAULT]:
         name, given, file = word.partition("=")
         if not name or (given and not file):
             raise UserError(f"--model: got {word!r}, expected NAME or NAME=FILE")
-        wanted[name] = Path(file) if given else None
+        files[name] = Path(file) if given else None
     if url is None:
-        if token_file is not None:
-            raise UserError("--token-file is for a server: give --url too")
-        if insecure:
-            raise UserError("--insecure is for a server: give --url too")
-        return {name: here(name, file or _default(name)) for name, file in wanted.items()}
-    if files := [name for name, file in wanted.items() if file]:
-        raise UserError(f"--model {files[0]}=…: a server has its own files; give the name alone")
-    server = Server(url, read_token(token_file), insecure=insecure)
-    return {name: server.model(name) for name in wanted}
-
-
-def _default(name: str) -> Path:
-    if name not in FILES:
-        raise UserError(f"--model {name}: which file is it? give {name}=FILE")
-    return FILES[name]
+        for option, value in {"--token-file": token_file, "--insecure": insecure}.items():
+            if value:
+                raise UserError(f"{option} is for a server: give --url too")
+        return {name: load_local(name, file) for name, file in files.items()}
+    if local := [name for name, file in files.items() if file]:
+        raise UserError(f"--model {local[0]}=…: a server has its own files; give the name alone")
+    client = Client(url, read_token(token_file), insecure=insecure)
+    return {name: partial(client.infer, name) for name in files}
 
 
 @click.command()
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option("--url", metavar="URL", help="Ask the server there, in place of models/bn.onnx here.")
+@click.option("--url", metavar="URL", help="Use the server there instead of models/bn.onnx here.")
 @click.option(
     "--model",
     "named",
     metavar="NAME[=FILE]",
     multiple=True,
-    help=f"Ask this model, of this ONNX file; {DEFAULT} by default. Several are compared.",
+    help=f"Use this model, from this ONNX file; {DEFAULT} by default. Several are compared.",
 )
 @click.option(
     "--token-file",
-    type=click.Path(path_type=Path),
-    help=f"File of the token that the server wants; by default the variable {TOKEN}.",
+    type=FILE,
+    help=f"File of the server's bearer token; by default the variable {TOKEN}.",
 )
 @click.option(
     "--insecure", is_flag=True, help="Send the token in clear, over http, to another machine."
@@ -241,37 +169,30 @@ def command(
 ) -> None:
     """Classify pictures of digits; FILE - is standard input.
 
-    Reads PNG, JPEG, WebP, GIF and BMP, of any size, light on dark or dark on light, and says what
-    was done to make it look like the images that the networks were trained on. Exit status: 0 all
-    are answered, 1 the model is not proven, 2 a picture or the server cannot be used.
+    Reads PNG, JPEG, WebP, GIF and BMP, of any size, light on dark or dark on light, and reports
+    how they were converted to the format of the training images. Exit status: 0 all are classified,
+    1 the model is not proven, 2 a picture or the server cannot be used.
     """
     models = _models(named, url, token_file, insecure=insecure)
-    told = []
-    failures = 0
-    for outcome in outcomes(files, models):
-        failures += outcome.error is not None
-        if as_json:
-            told.append(_as_json(outcome))
-        if outcome.error is not None:
-            click.echo(f"error: {outcome.error}", err=True)
-        elif not as_json:
-            click.echo(_as_text(outcome))
+    results: list[dict[str, Any]] = []
+    for file, digit, predictions in classify(files, models):
+        if isinstance(digit, UserError):
+            results.append({"file": file, "error": str(digit)})
+            click.echo(f"error: {digit}", err=True)
+            continue
+        listed = [asdict(prediction) for prediction in predictions]
+        results.append({"file": file, "done": digit.done, "predictions": listed})
+        if not as_json:
+            click.echo(_as_text(file, digit.done, predictions))
     if as_json:
-        click.echo(json.dumps({"files": told}, indent=2))
-    if failures:
+        click.echo(json.dumps({"files": results}, indent=2))
+    if failures := sum("error" in result for result in results):
         raise UserError(f"{failures} of {len(files)} pictures not read")
 
 
-def _as_text(outcome: Outcome) -> str:
-    done = ", ".join(outcome.done) or "as it is"
-    if len(outcome.predictions) == 1:
-        return f"{outcome.file}: {outcome.predictions[0]}  ({done})"
-    lines = [f"  {prediction.model}: {prediction}" for prediction in outcome.predictions]
-    return "\n".join([f"{outcome.file}  ({done})", *lines])
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    if outcome.error is not None:
-        return {"file": outcome.file, "error": outcome.error}
-    predictions = [asdict(prediction) for prediction in outcome.predictions]
-    return {"file": outcome.file, "done": list(outcome.done), "predictions": predictions}
+def _as_text(file: str, steps: Sequence[str], predictions: Sequence[Prediction]) -> str:
+    done = ", ".join(steps) or "as it is"
+    if len(predictions) == 1:
+        return f"{file}: {predictions[0]}  ({done})"
+    lines = [f"  {prediction.model}: {prediction}" for prediction in predictions]
+    return "\n".join([f"{file}  ({done})", *lines])

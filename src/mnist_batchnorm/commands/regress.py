@@ -1,96 +1,67 @@
-"""Tool regress: what changed in the exported model's outputs since somebody last pinned them.
-
-Two trainings of the same accuracy can disagree on many images; logits of fixed images show it. The
-goldens lie in git beside the images they belong to. They are no output of the pipeline: only
-``mnist-bn regress --update`` writes them, and ``git diff`` then shows what was accepted.
-"""
+"""Command regress: compare the exported models' outputs with the pinned ones, or pin them anew."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mnist_batchnorm.artifacts.goldens import PINNED, Goldens, load_fixture, save_goldens
+from mnist_batchnorm.artifacts.goldens import (
+    GOLDEN_FILES,
+    PinnedOutputs,
+    read_golden_images,
+    write_pinned_outputs,
+)
 from mnist_batchnorm.core.errors import CheckFailedError
 from mnist_batchnorm.core.paths import GRAPHS, MODELS
-from mnist_batchnorm.promotion.goldens import (
-    TOLERANCE,
-    Comparison,
-    compare_with_goldens,
-    pin,
-)
-from mnist_batchnorm.promotion.graph import Graph, load_graph
+from mnist_batchnorm.promotion import goldens
+from mnist_batchnorm.promotion.onnx_model import OnnxModel, load_onnx_model
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What came of one graph.
-
-    Attributes:
-        graph: the file.
-        path: of its network's goldens.
-        goldens: what they hold.
-        comparison: of the two.
-    """
-
-    graph: Graph
-    path: Path
-    goldens: Goldens
-    comparison: Comparison
-
-
-def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return the result as ``--json`` prints it."""
+def to_json(
+    model: OnnxModel, path: Path, pinned: PinnedOutputs, comparison: goldens.Comparison
+) -> dict[str, Any]:
+    """Return what ``--json`` prints about one model; ``path`` is the file of the pinned outputs."""
     return {
-        "same": all(finding.comparison.same for finding in findings),
-        "tolerance": TOLERANCE,
-        "graphs": {
-            finding.graph.path.name: {
-                "same": finding.comparison.same,
-                "sha256": finding.graph.sha256,
-                "golden_sha256": finding.goldens.onnx_sha256.get(finding.graph.path.name),
-                "weights_sha256": finding.graph.weights_sha256,
-                "golden_weights_sha256": finding.goldens.weights_sha256,
-                "goldens": {
-                    "path": finding.path.as_posix(),
-                    "computed_by": finding.goldens.computed_by,
-                    "images": len(finding.goldens.images),
-                },
-                **asdict(finding.comparison),
-            }
-            for finding in findings
+        "same": comparison.same,
+        "sha256": model.sha256,
+        "golden_sha256": pinned.onnx_sha256.get(model.path.name),
+        "weights_sha256": model.weights_sha256,
+        "golden_weights_sha256": pinned.weights_sha256,
+        "goldens": {
+            "path": path.as_posix(),
+            "computed_by": pinned.computed_by,
+            "images": len(pinned.images),
         },
+        **asdict(comparison),
     }
 
 
-def describe(finding: Finding) -> str:
-    """Say for people what changed in one graph's outputs, a few lines."""
-    graph, goldens, comparison = finding.graph, finding.goldens, finding.comparison
-    count = len(goldens.images)
+def describe(name: str, found: dict[str, Any]) -> str:
+    """Describe the result of `to_json` on several lines."""
+    count = found["goldens"]["images"]
     lines = [
-        f"{graph.path}: {'same outputs' if comparison.same else 'OUTPUTS CHANGED'}",
-        f"  made from    {_describe_origin(graph, goldens)}",
-        f"  logits       largest change {comparison.max_change:.2g} of the row's largest logit, "
-        f"median {comparison.median_change:.2g}; {comparison.images_beyond} of {count} images "
-        f"beyond {TOLERANCE:g} (batch size {comparison.batch_size})",
-        f"  predictions  {len(comparison.flips)} of {count} changed; right before "
-        f"{comparison.right_before}, now {comparison.right_after}",
+        f"{MODELS / name}: {'same outputs' if found['same'] else 'OUTPUTS CHANGED'}",
+        f"  made from    {_describe_weights(found)}",
+        f"  logits       largest change {found['max_change']:.2g} of the row's largest logit, "
+        f"median {found['median_change']:.2g}; {found['images_beyond']} of {count} images "
+        f"beyond {goldens.TOLERANCE:g} (batch size {found['batch_size']})",
+        f"  predictions  {len(found['flips'])} of {count} changed; right before "
+        f"{found['right_before']}, now {found['right_after']}",
     ]
     lines += [
-        f"    image {flip.index:>4}, a {flip.label}: {flip.before} -> {flip.after}, "
-        f"margin {flip.margin_before:.3g} -> {flip.margin_after:.3g}"
-        for flip in comparison.flips
+        "    image {index:>4}, a {label}: {before} -> {after}, "
+        "margin {margin_before:.3g} -> {margin_after:.3g}".format(**flip)
+        for flip in found["flips"]
     ]
     return "\n".join(lines)
 
 
-def _describe_origin(graph: Graph, goldens: Goldens) -> str:
-    if graph.sha256 == goldens.onnx_sha256.get(graph.path.name):
-        return f"the very file that was pinned ({graph.sha256[:12]})"
-    before, now = goldens.weights_sha256, graph.weights_sha256
+def _describe_weights(found: dict[str, Any]) -> str:
+    if found["sha256"] == found["golden_sha256"]:
+        return f"the very file that was pinned ({found['sha256'][:12]})"
+    before, now = found["golden_weights_sha256"], found["weights_sha256"]
     if before is None or now is None:
         return "weights that the file does not name"
     if before == now:
@@ -108,35 +79,37 @@ def command(update: bool, as_json: bool) -> None:
     """
     if update and as_json:
         raise click.UsageError("--update compares nothing, so there is no JSON to print.")
-    split, images_sha256 = load_fixture()
+    split, images_sha256 = read_golden_images()
     networks = {
-        path: [load_graph(MODELS / name) for name, of in GRAPHS.items() if of.variant == variant]
-        for variant, path in PINNED.items()
+        path: [load_onnx_model(MODELS / name) for name in GRAPHS if GRAPHS[name].variant == variant]
+        for variant, path in GOLDEN_FILES.items()
     }
     if update:
-        pinned = {path: pin(graphs, split, images_sha256) for path, graphs in networks.items()}
-        for path, graphs in networks.items():
-            save_goldens(path, pinned[path])
-            click.echo(f"{path}: pinned the outputs of {graphs[0].path} for {len(split)} images")
+        pinned = {
+            path: goldens.pin_outputs(models, split, images_sha256)
+            for path, models in networks.items()
+        }
+        for path, models in networks.items():
+            write_pinned_outputs(path, pinned[path])
+            click.echo(f"{path}: pinned the outputs of {models[0].path} for {len(split)} images")
         return
 
-    findings = []
-    for path, graphs in networks.items():
-        goldens, comparisons = compare_with_goldens(graphs, split, images_sha256, path)
-        findings += [Finding(g, path, goldens, comparisons[g.path.name]) for g in graphs]
+    found = {}
+    changed = []
+    for path, models in networks.items():
+        outputs, comparisons = goldens.compare_with_pinned(models, split, images_sha256, path)
+        for model in models:
+            name = model.path.name
+            found[name] = to_json(model, path, outputs, comparisons[name])
+        if names := [name for name, comparison in comparisons.items() if not comparison.same]:
+            changed.append(f"{', '.join(names)}: outputs differ from {path}")
     if as_json:
-        click.echo(json.dumps(to_json(findings), indent=2))
+        result = {"same": not changed, "tolerance": goldens.TOLERANCE, "graphs": found}
+        click.echo(json.dumps(result, indent=2))
     else:
-        for finding in findings:
-            click.echo(describe(finding))
-    changed: dict[Path, list[str]] = {}
-    for finding in findings:
-        if not finding.comparison.same:
-            changed.setdefault(finding.path, []).append(finding.graph.path.name)
+        for name, of_model in found.items():
+            click.echo(describe(name, of_model))
     if changed:
-        differences = [
-            f"{', '.join(names)}: outputs differ from {path}" for path, names in changed.items()
-        ]
         raise CheckFailedError(
-            f"{'; '.join(differences)}; if that is meant, pin them with `mnist-bn regress --update`"
+            f"{'; '.join(changed)}; if that is meant, pin them with `mnist-bn regress --update`"
         )

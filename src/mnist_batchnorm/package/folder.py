@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Replace a folder atomically, and only if it holds a package."""
 
 import contextlib
 import json
@@ -11,22 +11,14 @@ from pathlib import Path
 from mnist_batchnorm.core.errors import UserError
 from mnist_batchnorm.core.files import digest, fsync, write_json
 
-MANIFEST = "manifest.json"  # what marks a folder as a package, and lists it
+MANIFEST = "manifest.json"  # marks a folder as a package, and lists its files
 
 
 @contextlib.contextmanager
 def replacing_folder(directory: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside ``directory`` that takes its place when the block ends well.
+    """Yield a new folder that replaces ``directory`` unless the block raises.
 
-    Its files are on disk (fsync) before the rename. If the block raises, the new folder is removed
-    and ``directory`` is untouched.
-
-    Args:
-        directory: absent or empty; with ``force`` it may also hold a package.
-        force: replace a package.
-
-    Raises:
-        UserError: ``directory`` is anything else, or the current folder or one above it.
+    Its files are on disk (fsync) before the rename. Raises UserError as `require_replaceable`.
     """
     directory = directory.resolve()
     require_replaceable(directory, force=force)
@@ -46,11 +38,7 @@ def replacing_folder(directory: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def require_replaceable(directory: Path, *, force: bool) -> None:
-    """Refuse to write where something would be lost.
-
-    Raises:
-        UserError: It would.
-    """
+    """Raise UserError unless a folder is absent, empty, or with ``force`` a package."""
     if Path.cwd().is_relative_to(directory.resolve()):
         raise UserError(f"{directory} is the current folder or above it; name another one")
     if not os.path.lexists(directory):
@@ -69,17 +57,17 @@ def require_replaceable(directory: Path, *, force: bool) -> None:
 
 
 def is_package(directory: Path) -> bool:
-    """Tell whether a folder holds a package and nothing else."""
+    """Whether a folder holds a package and nothing else."""
     try:
         listed = set(json.loads((directory / MANIFEST).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    there = {path.relative_to(directory).as_posix() for path in _files(directory)}
-    return there - {MANIFEST} <= listed
+    present = {path.relative_to(directory).as_posix() for path in _files(directory)}
+    return present - {MANIFEST} <= listed
 
 
 def write_manifest(directory: Path, content: dict[str, object]) -> None:
-    """Write what a package is, and the SHA-256 of all its files."""
+    """Write the manifest: ``content`` and the SHA-256 of each file."""
     files = {path.relative_to(directory).as_posix(): digest(path) for path in _files(directory)}
     write_json(directory / MANIFEST, {**content, "files": files})
 
@@ -89,7 +77,6 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _swap(new: Path, directory: Path) -> None:
-    """Put ``new`` in the place of ``directory``, which may be absent; at worst nothing changes."""
     if not directory.exists():
         new.rename(directory)
         return

@@ -7,9 +7,9 @@ import onnx
 from mnist_batchnorm.core.errors import CheckFailedError
 from mnist_batchnorm.core.files import write_json
 from mnist_batchnorm.mlflow_sync.artifacts import flavor_options
-from mnist_batchnorm.package.proven import Proven, ProvenModel
+from mnist_batchnorm.package.proven import Proven
 
-EPOCH = "1970-01-01 00:00:00"  # instead of now: the same model gives the same files
+EPOCH = "1970-01-01 00:00:00"  # fixed: the same model gives the same files
 # as the gate ran it: one thread, in order, all graph optimizations
 SESSION = {
     "intra_op_num_threads": 1,
@@ -20,17 +20,12 @@ SESSION = {
 
 
 def write_mlflow(proven: Proven, directory: Path) -> None:
-    """Fill a folder with one MLflow model for each model, in a folder of its name.
+    """Write each model as an MLflow model into a folder of its name.
 
-    Beside each ``MLmodel`` lies MLServer's ``model-settings.json``, by which that server gives the
-    same folder the name and version that this project's own server gives it.
-
-    Args:
-        proven: the models.
-        directory: an empty folder.
+    MLServer's ``model-settings.json`` gives it the name and version of this project's own server.
 
     Raises:
-        CheckFailedError: What MLflow wrote is not the file that the gate passed.
+        CheckFailedError: MLflow wrote another file than the gate passed.
     """
     import mlflow.onnx
     from mlflow.models import Model
@@ -50,13 +45,9 @@ def write_mlflow(proven: Proven, directory: Path) -> None:
             raise CheckFailedError(
                 f"{model.path} is not packaged: MLflow wrote other bytes than the gate passed"
             )
-        write_json(folder / "model-settings.json", mlserver_settings(model))
-
-
-def mlserver_settings(model: ProvenModel) -> dict[str, object]:
-    """Return what MLServer is told of an MLflow model in the same folder."""
-    return {
-        "name": model.name,
-        "implementation": "mlserver_mlflow.MLflowRuntime",
-        "parameters": {"uri": ".", "version": model.version},
-    }
+        settings = {
+            "name": model.name,
+            "implementation": "mlserver_mlflow.MLflowRuntime",
+            "parameters": {"uri": ".", "version": model.version},
+        }
+        write_json(folder / "model-settings.json", settings)

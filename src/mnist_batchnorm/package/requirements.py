@@ -1,4 +1,4 @@
-"""What an image must install: a part of requirements.lock, with its versions and hashes."""
+"""The part of requirements.lock that an image installs, with versions and hashes."""
 
 import importlib.metadata
 import re
@@ -11,54 +11,42 @@ from packaging.utils import canonicalize_name
 
 from mnist_batchnorm.core.errors import UserError
 
+COMMENT = re.compile(r"\s*(#|$)")  # or an empty line
 ENTRY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s\\;]+)")
 
 
 def closure(names: Iterable[str]) -> set[str]:
-    """Return these distributions and all that they need on this machine, by canonical name.
-
-    Raises:
-        UserError: One is not installed.
-    """
-    found: set[str] = set()
-    pending = {canonicalize_name(name) for name in names}
+    """Return the canonical names of distributions and all their requirements on this machine."""
+    needed: set[str] = set()
+    pending = list(names)
     while pending:
-        name = pending.pop()
-        found.add(name)
+        name = canonicalize_name(pending.pop())
+        if name in needed:
+            continue
+        needed.add(name)
         try:
-            needs = importlib.metadata.requires(name) or []
+            declared = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"{name} is not installed; run `make setup`") from None
-        wanted = (Requirement(need) for need in needs)
-        pending |= {
-            canonicalize_name(need.name)
-            for need in wanted
-            # an extra that nobody asked for: its marker is about a name other than ""
-            if need.marker is None or need.marker.evaluate({"extra": ""})
-        }
-        pending -= found
-    return found
+        pending += [
+            requirement.name
+            for requirement in map(Requirement, declared)
+            # without extras
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        ]
+    return needed
 
 
 @dataclass(frozen=True)
 class Pin:
-    """One line of the lock: a version, for some Python versions or platforms perhaps.
-
-    Attributes:
-        version: the version.
-        text: the entry, hashes and marker included, comments not.
-    """
+    """A version in the lock, and its entry with hashes and marker but without comments."""
 
     version: str
     text: str
 
 
 def locked(lock: Path, names: Iterable[str]) -> dict[str, list[Pin]]:
-    """Return the lock's entries of these distributions and of all that they need.
-
-    Args:
-        lock: as ``make lock`` writes it.
-        names: of distributions.
+    """Return the lock's entries of distributions and all their requirements.
 
     Raises:
         UserError: The lock is missing or unreadable, or lacks one.
@@ -74,14 +62,10 @@ def locked(lock: Path, names: Iterable[str]) -> dict[str, list[Pin]]:
     entries: dict[str, list[Pin]] = {}
     for block in re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE):
         if entry := ENTRY.match(block):
-            pin = Pin(entry[2], _without_comments(block))
+            lines = [line for line in block.splitlines() if not COMMENT.match(line)]
+            pin = Pin(entry[2], "\n".join([*lines, ""]))
             entries.setdefault(canonicalize_name(entry[1]), []).append(pin)
     needed = sorted(closure(names))
     if missing := [name for name in needed if name not in entries]:
         raise UserError(f"{lock} lacks {', '.join(missing)}; run `make lock`")
     return {name: entries[name] for name in needed}
-
-
-def _without_comments(block: str) -> str:
-    lines = [line for line in block.splitlines() if line and not line.lstrip().startswith("#")]
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""A model repository for Triton Inference Server, run there by its ONNX Runtime backend.
+"""A model repository for the ONNX Runtime backend of Triton Inference Server.
 
 The format of the repository and of ``config.pbtxt``:
 https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md
@@ -6,14 +6,12 @@ https://github.com/triton-inference-server/common/blob/main/protobuf/model_confi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
-from mnist_batchnorm.artifacts.splits import CLASSES
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
 from mnist_batchnorm.core.files import write_bytes, write_text
 from mnist_batchnorm.core.paths import REGISTERED
@@ -21,84 +19,49 @@ from mnist_batchnorm.package.proven import Proven, ProvenModel
 from mnist_batchnorm.package.templating import fill
 from mnist_batchnorm.serve.core.settings import Settings
 
-# ONNX's element type -> Triton's; what this project's networks take and give
+# ONNX's element type -> Triton's; the only one of this project's networks
 DATA_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32"}
-SERVER = Settings()  # what holds for a client of `mnist-bn serve` holds here
+SERVER = Settings()  # same limits as `mnist-bn serve`
 WARM_BATCH = 32  # images of the warm-up's larger batch
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output as ``config.pbtxt`` names it.
-
-    Attributes:
-        name: the tensor's.
-        data_type: Triton's word for its element type.
-        dims: its shape without the batch axis.
-    """
+    """An input or output in ``config.pbtxt``; ``dims`` has no batch axis."""
 
     name: str
     data_type: str
     dims: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A request that Triton answers for itself before it says that the model is ready.
-
-    Attributes:
-        name: for Triton's log.
-        batch_size: how many rows, all of them the same image.
-        file: the image's, in the folder ``warmup``.
-        image: float32 ``[784]``.
-    """
-
-    name: str
-    batch_size: int
-    file: str
-    image: npt.NDArray[np.float32]
-
-
 def write_triton(proven: Proven, directory: Path) -> None:
-    """Fill a folder with a model repository.
-
-    Args:
-        proven: the models.
-        directory: an empty folder.
+    """Write a model repository into an empty folder.
 
     Raises:
         UserError: A batch-norm model has no number in ``models/registry.json``.
-        CheckFailedError: A file's interface is none that Triton could batch.
+        CheckFailedError: Triton cannot batch a file's inputs or outputs.
     """
-    samples = warm_up(proven)
+    # the first image of each digit
+    digits, first = np.unique(proven.split.labels, return_index=True)
+    images = {f"digit-{d}": image for d, image in zip(digits, proven.images[first], strict=True)}
     for model in proven.models:
         folder = directory / model.name
         write_bytes(folder / str(version_number(model)) / "model.onnx", model.content)
-        write_text(folder / "config.pbtxt", config(model, samples, proven.versions))
-        for file, image in {sample.file: sample.image for sample in samples}.items():
+        write_text(folder / "config.pbtxt", config(model, list(images), proven.versions))
+        for file, image in images.items():
             write_bytes(folder / "warmup" / file, image.astype("<f4").tobytes())
 
 
-def config(model: ProvenModel, samples: Sequence[Sample], versions: Mapping[str, str]) -> str:
-    """Return a model's ``config.pbtxt``.
-
-    Args:
-        model: the model.
-        samples: for its warm-up.
-        versions: of the packages that the gate proved it with.
-
-    Raises:
-        UserError: It has no number in ``models/registry.json``.
-        CheckFailedError: Its interface is none that Triton could batch.
-    """
+def config(model: ProvenModel, warm_up: Sequence[str], versions: Mapping[str, str]) -> str:
     inputs, outputs = interface(model)
+    batch = (f"{warm_up[0]}-x{WARM_BATCH}", WARM_BATCH, warm_up[0])
     return fill(
         "config.pbtxt.j2",
         name=model.name,
         version=version_number(model),
         inputs=inputs,
         outputs=outputs,
-        samples=samples,
+        samples=[*((file, 1, file) for file in warm_up), batch],
         max_rows=SERVER.limits.rows,
         max_queue=SERVER.queue,
         onnxruntime=versions["onnxruntime"],
@@ -108,19 +71,11 @@ def config(model: ProvenModel, samples: Sequence[Sample], versions: Mapping[str,
 
 
 def interface(model: ProvenModel) -> tuple[list[Tensor], list[Tensor]]:
-    """Read a file's inputs and outputs.
-
-    Raises:
-        CheckFailedError: One has another element type than float32, or no symbolic batch axis
-            before axes of fixed size.
-    """
+    """Return a file's inputs and outputs; CheckFailedError unless Triton can batch them."""
     graph = onnx.load_model_from_string(model.content).graph
     given = {initializer.name for initializer in graph.initializer}
     inputs = [value for value in graph.input if value.name not in given]
-    return (
-        [_tensor(model, value) for value in inputs],
-        [_tensor(model, value) for value in graph.output],
-    )
+    return [_tensor(model, v) for v in inputs], [_tensor(model, v) for v in graph.output]
 
 
 def _tensor(model: ProvenModel, value: onnx.ValueInfoProto) -> Tensor:
@@ -136,13 +91,7 @@ def _tensor(model: ProvenModel, value: onnx.ValueInfoProto) -> Tensor:
 
 
 def version_number(model: ProvenModel) -> int:
-    """Return the name of a model's version folder, which must be a number.
-
-    What nobody registers, the plain network, is always 1.
-
-    Raises:
-        UserError: The model is one that is registered, but this file is not.
-    """
+    # the name of the version folder; the plain network, which is not registered, is always 1
     if model.number is None and model.name in REGISTERED:
         raise UserError(
             f"{model.path} has no version number yet, and Triton needs one; run `dvc repro "
@@ -151,23 +100,8 @@ def version_number(model: ProvenModel) -> int:
     return 1 if model.number is None else int(model.number)
 
 
-def warm_up(proven: Proven) -> list[Sample]:
-    """Choose real images: the first of each digit alone, and one as a larger batch."""
-    labels, images = proven.split.labels, proven.images
-    chosen = [
-        Sample(f"digit-{digit}", 1, f"digit-{digit}", images[where[0]])
-        for digit in range(CLASSES)
-        if (where := np.flatnonzero(labels == digit)).size
-    ]
-    first = chosen[0]
-    batch = replace(first, name=f"{first.name}-x{WARM_BATCH}", batch_size=WARM_BATCH)
-    return [*chosen, batch]
-
-
 def quote(text: str) -> str:
-    """Write a string as protobuf's text format does: other bytes than plain ASCII in octal."""
-    return '"' + "".join(map(_escape, text.encode())) + '"'
-
-
-def _escape(byte: int) -> str:
-    return chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}"
+    """Quote a string for protobuf's text format: bytes other than plain ASCII in octal."""
+    plain = set(range(32, 127)) - {*b'"\\'}
+    escaped = (chr(byte) if byte in plain else f"\\{byte:03o}" for byte in text.encode())
+    return f'"{"".join(escaped)}"'

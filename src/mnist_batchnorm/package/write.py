@@ -1,4 +1,4 @@
-"""TODO."""
+"""Write a package for one target."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ TARGETS = ("triton", "kserve", "mlflow")
 
 
 def write(target: str, proven: Proven, folder: Path, *, image: str | None, canary: int) -> None:
-    """Fill a folder with a package and its manifest.
+    """Write a package and its manifest into an empty folder.
 
     Args:
         target: one of `TARGETS`.
         proven: the models.
         folder: an empty folder.
-        image: of the container, where one is needed; by default named after the first model.
-        canary: percentage of the requests that a new revision gets at first.
+        image: of kserve; by default named after the first model.
+        canary: of kserve, percentage of requests for a new revision.
 
     Raises:
-        UserError: Something that the package needs is missing or wrong.
-        CheckFailedError: It would not be what the gate has passed.
+        UserError: An input is missing or invalid.
+        CheckFailedError: The package would differ from what the gate has passed.
     """
     from mnist_batchnorm.package import examples
 

@@ -1,8 +1,8 @@
-"""Stage export: the trained networks to ONNX, in eval mode, with nothing but content.
+"""Stage export: the trained networks to ONNX, in eval mode.
 
-Two graphs of the batch-norm network: ``bn.onnx`` keeps its BatchNormalization nodes, so that anyone
-can read the frozen statistics in the file; ``bn-folded.onnx`` has them folded into the Gemm before.
-``plain.onnx`` is the network without batch norm, to compare them with.
+Two graphs of the batch-norm network: ``bn.onnx`` keeps its BatchNormalization nodes, so that the
+frozen statistics are readable in the file; ``bn-folded.onnx`` has them folded into the Gemm before.
+``plain.onnx`` is the network without batch norm, for comparison.
 """
 
 from pathlib import Path
@@ -18,16 +18,13 @@ from mnist_batchnorm.network.onnx import embed_provenance, export_onnx
 
 
 def export(variant: str, weights: Path, opset: int) -> dict[str, bytes]:
-    """Export one of the two networks; the same checkpoint gives the same bytes.
+    """Export one of the two networks: the bytes of each of its files in `GRAPHS`.
 
-    Returns:
-        The bytes of each of its files in `GRAPHS`.
+    The same checkpoint gives the same bytes.
 
     Raises:
-        UserError: The checkpoint cannot be read, does not say what made it, or holds the other
-            network.
-        CheckFailedError: A weight is not finite, or batch norm's statistics are missing, were
-            never updated, or are impossible.
+        UserError: The checkpoint is unreadable, lacks its provenance, or holds the other network.
+        CheckFailedError: The network fails `require_frozen`.
     """
     checkpoint = load_variant(variant, weights)
     if missing := {"train_sha256", "params"} - checkpoint.provenance.keys():
@@ -40,7 +37,7 @@ def export(variant: str, weights: Path, opset: int) -> dict[str, bytes]:
         if exported.variant != variant:
             continue
         proto = graphs[exported.folded]
-        embed_provenance(proto, weights, checkpoint)
+        embed_provenance(proto, checkpoint)
         onnx.checker.check_model(proto, full_check=True)
         files[name] = proto.SerializeToString(deterministic=True)
     return files
@@ -53,7 +50,7 @@ def command() -> None:
 
     opset = load_params().export.opset
     files: dict[str, bytes] = {}
-    for variant, weights in CHECKPOINTS.items():  # in one process: to start is most of the time
+    for variant, weights in CHECKPOINTS.items():  # in one process: most of the time is start-up
         files |= export(variant, weights, opset)
     for name, content in files.items():
         write_bytes(MODELS / name, content)

@@ -1,7 +1,6 @@
 """Stage register: the ONNX files become a version, and champion if every rule allows it.
 
-The champion is decided here, from files, and written to a file; what MLflow's model registry shows
-is a view of it.
+The champion is decided here, from files, and recorded in a file; MLflow's model registry shows it.
 """
 
 import click
@@ -9,12 +8,11 @@ import click
 from mnist_batchnorm.core.errors import CheckFailedError
 from mnist_batchnorm.core.params import load_params
 from mnist_batchnorm.promotion.registration import register
+from mnist_batchnorm.promotion.rules import format_decision
 
 
 @click.command()
-@click.option(
-    "--require", is_flag=True, help="Fail unless these files are the champion afterwards."
-)
+@click.option("--require", is_flag=True, help="Fail unless these files are then the champion.")
 def command(require: bool) -> None:
     """Register models/bn.onnx and bn-folded.onnx, and make them champion if every rule allows it.
 
@@ -24,8 +22,9 @@ def command(require: bool) -> None:
     ledger, version = register(load_params().registration)
     decision = version.decision
     click.echo(f"version {version.version}: {decision.outcome}")
-    click.echo(decision.table())
+    click.echo(format_decision(decision))
     click.echo(ledger.headline)
     if require and decision.outcome == "refused":
-        refusals = "; ".join(f"{name}: {rule.says}" for name, rule in decision.refusals.items())
-        raise CheckFailedError(f"version {version.version} is not the champion: {refusals}")
+        raise CheckFailedError(
+            f"version {version.version} is not the champion: {decision.describe_refusals()}"
+        )

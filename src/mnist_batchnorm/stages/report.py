@@ -1,9 +1,9 @@
-"""Stage report: the pictures, one self-contained page and the model card, from files on disk."""
+"""Stage report: the plots, one self-contained page and the model card."""
 
 import click
 
 from mnist_batchnorm.core.paths import REPORTS
-from mnist_batchnorm.reporting.page import report
+from mnist_batchnorm.reporting.page import write_report
 from mnist_batchnorm.reporting.results import read_results
 
 
@@ -11,7 +11,7 @@ from mnist_batchnorm.reporting.results import read_results
 def command() -> None:
     """Draw the plots and write the HTML report and the model card (reports)."""
     results = read_results()
-    report(results, REPORTS)
+    write_report(results, REPORTS)
     accuracy = {variant: n.test.accuracy for variant, n in results.networks.items()}
     click.echo(f"test accuracy: batch norm {accuracy['bn']:.4f}, plain {accuracy['plain']:.4f}")
     click.echo(f"parity: {'proven' if results.parity.proven else 'NOT PROVEN'}")

@@ -1,17 +1,16 @@
-"""Stage sync: bring MLflow to the state of the files, and leave alone what is there.
+"""Stage sync: update MLflow to match the files, which are the truth.
 
-The files are the truth and MLflow is a view of them: runs that are missing, half written or were
-interrupted are completed from ``reports/`` and ``models/``, and its model registry from
-``models/registry.json``. Doing it twice, or two at once, is doing it once.
+RunStore that are missing, incomplete or were interrupted are completed from ``reports/`` and
+``models/``, and the model registry from ``models/registry.json``. Idempotent, also when two syncs
+run at once.
 """
 
 import click
 
 from mnist_batchnorm.core.errors import CheckFailedError
-from mnist_batchnorm.core.files import hashes, write_json
+from mnist_batchnorm.core.files import write_json
 from mnist_batchnorm.core.paths import REGISTRY, SYNCED, repository
-from mnist_batchnorm.mlflow_sync.sync import _bring
-from mnist_batchnorm.mlflow_sync.up_to_date import remembered, state_of, still_there, told_of
+from mnist_batchnorm.mlflow_sync.up_to_date import is_up_to_date, source_state, synced_files
 
 
 @click.command()
@@ -23,23 +22,25 @@ from mnist_batchnorm.mlflow_sync.up_to_date import remembered, state_of, still_t
 )
 @click.option("--require", is_flag=True, help="Fail unless MLflow has all of it afterwards.")
 def command(everything: bool, require: bool) -> None:
-    """Bring MLflow to the state of the files.
+    """Update MLflow to match the files.
 
-    Completes runs, their artefacts, and the model registry. A store that cannot be reached is worth
+    Completes runs, their artifacts, and the model registry. A store that cannot be reached is worth
     a warning, not a failed pipeline: nothing is lost, the same command goes on later. Exit status:
-    0 done or warned; 1 with --require, MLflow does not have all of it; 2 there is nothing to tell.
+    0 done or warned; 1 with --require, MLflow does not have all of it; 2 there are no results.
     """
     root = repository()
-    record = {"files": hashes([path for path in told_of() if path != REGISTRY])}
-    state = state_of(root, everything)
-    held = remembered(root, everything)
-    if held and held.state == state and still_there(root, held):
+    files = synced_files()
+    state = source_state(root, everything, files)
+    if is_up_to_date(root, everything, state):
         click.echo("MLflow has all of it")
     else:
-        lines = _bring(root, everything, state)
+        from mnist_batchnorm.mlflow_sync.sync import update_mlflow
+
+        lines = update_mlflow(root, everything, state)
         for line in lines:
             click.echo(line)
         if require and not lines:
             raise CheckFailedError("MLflow does not have all of it")
-    # DVC's out, about what was to be told: the same whether the store could be reached or not
-    write_json(SYNCED, record)
+    # DVC's output depends on the files alone, whether the store could be reached or not
+    record = {path: sha256 for path, sha256 in files.items() if path != REGISTRY.as_posix()}
+    write_json(SYNCED, {"files": record})

@@ -1,18 +1,14 @@
-"""Stage train: both networks at once, each in a process of its own, shown and recorded by this one.
+"""Stage train: both networks in parallel, each in a process of its own (`training.worker`).
 
-The process of a network is ``python -m mnist_batchnorm.stages.train VARIANT``; it tells of its progress in
-JSON lines. This one imports neither PyTorch nor MLflow.
+This process shows and records their progress; it imports neither PyTorch nor MLflow.
 """
-
-import sys
 
 import click
 
 from mnist_batchnorm.core.params import load_params
 from mnist_batchnorm.core.paths import VARIANTS
 from mnist_batchnorm.training.live import live_runs
-from mnist_batchnorm.training.processes import train
-from mnist_batchnorm.training.worker import main
+from mnist_batchnorm.training.processes import train_in_parallel
 
 
 @click.command()
@@ -23,23 +19,19 @@ from mnist_batchnorm.training.worker import main
 def command(variants: tuple[str, ...], seeds: int | None) -> None:
     """Train the networks; write their weights, learning curves and last epochs' metrics.
 
-    Both at once, or those named. What is interrupted goes on after its last whole epoch when the
-    same command runs again, to the same result, bit for bit.
+    Both in parallel, or those named. An interrupted training resumes after its last whole epoch
+    when the same command runs again, with the same result, bit for bit.
 
     With --seeds, train both from N seeds instead, as one computation each, and write how far their
     accuracies differ to reports/metrics/seeds.json, as `mnist-bn seeds` does.
     """
     if seeds and variants:
         raise click.UsageError("--seeds trains both networks: leave their names out")
-    load_params()  # so that a mistake in it is told once
+    load_params()  # so that a mistake in params.yaml is reported once, not by each process
     if seeds:
-        from mnist_batchnorm.training.replicas import run
+        from mnist_batchnorm.training.seeds import train_and_summarize
 
-        run(seeds)
+        train_and_summarize(seeds)
         return
     with live_runs() as tracker:
-        train(list(dict.fromkeys(variants or VARIANTS)), tracker)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+        train_in_parallel(list(dict.fromkeys(variants or VARIANTS)), tracker)

@@ -1,121 +1,58 @@
-"""Stage verify: no ONNX file leaves the pipeline that does not compute what training left."""
+"""Stage verify: no ONNX file is released until ONNX Runtime gives PyTorch's eval-mode results."""
 
-import base64
 import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 
-from mnist_batchnorm.artifacts.splits import Split, load_split, network_input
+from mnist_batchnorm.artifacts.parity_report import JudgedImages, goldens_of, write_parity
+from mnist_batchnorm.artifacts.splits import Split, load_hashed_split, load_split, network_input
 from mnist_batchnorm.core.errors import CheckFailedError, UserError
-from mnist_batchnorm.core.files import digest, write_json, write_text
-from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, MODELS, PARITY, REPORTS, TEST_SPLIT
-from mnist_batchnorm.network.model import load_checkpoint, load_variant
+from mnist_batchnorm.core.paths import CHECKPOINTS, GRAPHS, MODELS, PARITY, TEST_SPLIT
+from mnist_batchnorm.network.model import Checkpoint, load_checkpoint, load_variant
 from mnist_batchnorm.network.onnx import INPUT, OUTPUT, provenance
 from mnist_batchnorm.parity import Gate, ParityReport, runtime
 
-ERRORS = REPORTS / "parity/errors.csv"
 
-
-def verify(
-    graphs: Sequence[Path], checkpoints: Mapping[str, Path], data: Path, opset: int
-) -> tuple[dict[str, Any], dict[str, ParityReport]]:
-    """Run the gate on each ONNX file, on all images of a split.
-
-    Args:
-        graphs: the ONNX files; its name in `GRAPHS` says which network each must be, and whether
-            folded.
-        checkpoints: of both networks, by variant.
-        data: the split.
-        opset: of ONNX's own operators, as exported.
-
-    Returns:
-        The content of ``reports/parity.json``, which docs/parity.md describes, and the report on
-        each file by its name.
+def verify(opset: int) -> list[ParityReport]:
+    """Judge every file in `GRAPHS` on all test images, and write the reports.
 
     Raises:
-        UserError: A file is missing, or a checkpoint is not what its name says.
+        UserError: A file is missing, or a checkpoint holds the other network.
     """
-    if missing := [path.as_posix() for path in graphs if not path.is_file()]:
+    graphs = {name: MODELS / name for name in GRAPHS}
+    if missing := [path.as_posix() for path in graphs.values() if not path.is_file()]:
         raise UserError(f"no {', '.join(missing)}; run `dvc repro export` first")
-    split = load_split(data)
-    origins = {
-        variant: provenance(weights, load_variant(variant, weights))
-        for variant, weights in checkpoints.items()
-    }
-    gates = {variant: gate_of(weights, split) for variant, weights in checkpoints.items()}
-    reports = {}
-    for path in graphs:
-        expected = GRAPHS[path.name]
-        reports[path.name] = gates[expected.variant].check(
-            path,
+    split, split_sha256 = load_hashed_split(TEST_SPLIT)
+    checkpoints = {name: load_variant(name, weights) for name, weights in CHECKPOINTS.items()}
+    gates = {name: gate_of(CHECKPOINTS[name], checkpoints[name], split) for name in CHECKPOINTS}
+    contents = {name: path.read_bytes() for name, path in graphs.items()}
+    reports = {
+        name: gates[expected.variant].check(
+            graphs[name],
+            content=contents[name],
             input_name=INPUT,
             output_name=OUTPUT,
             opset=opset,
             folded=expected.folded,
-            provenance=origins[expected.variant],
+            provenance=provenance(checkpoints[expected.variant]),
             require_provenance=True,
         )
-    content = {
-        "schema": 1,
-        "parity": all(report.parity for report in reports.values()),
-        "data": {"path": data.as_posix(), "sha256": digest(data), "images": len(split)},
-        "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch")},
-        "goldens": goldens_of(split, [path for path in graphs if reports[path.name].parity]),
-        "graphs": {name: report.to_json() for name, report in reports.items()},
+        for name, expected in GRAPHS.items()
     }
-    return content, reports
+    passed = [name for name, report in reports.items() if report.parity]
+    goldens = goldens_of(split, {name: runtime.load(contents[name]).run for name in passed})
+    data = JudgedImages(path=TEST_SPLIT.as_posix(), sha256=split_sha256, images=len(split))
+    write_parity(reports, data, goldens)
+    return list(reports.values())
 
 
-def goldens_of(split: Split, graphs: Sequence[Path]) -> dict[str, Any]:
-    """Compute what a server tries a file on before it serves it.
-
-    Args:
-        split: its first image of each digit is one.
-        graphs: ONNX files that have passed.
-
-    Returns:
-        The images, uint8 ``[n, 784]`` in Base64, their labels, and each file's logits, float32
-        ``[n, 10]``, as the shortest decimals that restore them.
-    """
-    _, first = np.unique(split.labels, return_index=True)
-    images = split.images[first]
-    logits = {
-        path.name: runtime.load(path.read_bytes()).run(network_input(images)) for path in graphs
-    }
-    return {
-        "images": base64.b64encode(images.tobytes()).decode(),
-        "labels": split.labels[first].tolist(),
-        "logits": {
-            name: [[float(str(value)) for value in row] for row in rows]
-            for name, rows in logits.items()
-        },
-    }
-
-
-def gate_of(weights: Path, split: Split | None) -> Gate:
-    """Make the gate for a checkpoint of this project, with real images where there are some."""
+def gate_of(weights: Path, checkpoint: Checkpoint, split: Split | None) -> Gate:
+    """Return the gate for a checkpoint of this project, with real images if there are any."""
     if split is None:
-        return Gate(weights)
-    return Gate(weights, inputs=network_input(split.images), labels=split.labels)
-
-
-def error_table(reports: Mapping[str, ParityReport], images: int) -> str:
-    """Return the CSV of each image's largest relative error in each file.
-
-    One row an image of the split, in its order; empty where no pass measured the file.
-    """
-    rows = [",".join(["image", *reports])]
-    for image in range(images):
-        errors = (report.errors for report in reports.values())
-        rows.append(
-            ",".join([str(image), *("" if e is None else f"{e[image]:.3e}" for e in errors)])
-        )
-    return "\n".join(rows) + "\n"
+        return Gate(weights, checkpoint=checkpoint)
+    inputs = network_input(split.images)
+    return Gate(weights, checkpoint=checkpoint, inputs=inputs, labels=split.labels)
 
 
 @click.command()
@@ -132,29 +69,21 @@ def command(onnx: Path | None, weights: Path | None, as_json: bool) -> None:
     if onnx is not None and weights is not None:
         _judge(onnx, weights, as_json)
     elif onnx is None and weights is None and not as_json:
-        _stage()
+        _run_stage()
     else:
         raise click.UsageError("--onnx and --weights go together, and --json needs both")
 
 
-def _stage() -> None:
+def _run_stage() -> None:
     from mnist_batchnorm.core.params import load_params
 
-    graphs = [MODELS / name for name in GRAPHS]
-    content, reports = verify(graphs, CHECKPOINTS, TEST_SPLIT, load_params().export.opset)
-    write_json(PARITY, content)
-    write_text(ERRORS, error_table(reports, content["data"]["images"]))
-    for report in reports.values():
-        click.echo(report.table())
     failed: dict[str, list[str]] = {}
-    for report in reports.values():
+    for report in verify(load_params().export.opset):
+        click.echo(report.table())
         if not report.parity:
             failed.setdefault(report.weights, []).append(report.onnx)
     if failed:
-        found = [
-            f"{', '.join(files)} does not compute what {weights} computes"
-            for weights, files in failed.items()
-        ]
+        found = [f"{', '.join(failed[w])} does not compute what {w} computes" for w in failed]
         raise CheckFailedError(f"{'; '.join(found)}; every check with its evidence is in {PARITY}")
 
 
@@ -162,9 +91,10 @@ def _judge(onnx: Path, weights: Path, as_json: bool) -> None:
     split = load_split(TEST_SPLIT) if TEST_SPLIT.is_file() else None
     if split is None:
         click.echo(f"no {TEST_SPLIT} here: judged by synthetic inputs alone", err=True)
-    gate = gate_of(weights, split)
-    expected = provenance(weights, load_checkpoint(weights))
-    report = gate.check(onnx, input_name=INPUT, output_name=OUTPUT, provenance=expected)
+    checkpoint = load_checkpoint(weights)
+    report = gate_of(weights, checkpoint, split).check(
+        onnx, input_name=INPUT, output_name=OUTPUT, provenance=provenance(checkpoint)
+    )
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.table())
     if report.verdict == "no parity":
         raise CheckFailedError(f"{onnx} does not compute what {weights} computes")
