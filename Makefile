@@ -12,15 +12,17 @@ IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 # MLflow's runner of LLM-scoring jobs is 8 more processes and 2 GB, for jobs we do not have.
 ONLY_UI := MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=$${MLFLOW_DISABLE_TELEMETRY:-true}
 
-CACHES := .mypy_cache .pytest_cache .ruff_cache .hypothesis dvc_plots
+PYTEST_OPTIONS := -n auto --maxprocesses 4 --dist loadfile
+
+CACHES := .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dvc_plots
 OUTPUTS := data/raw data/prepared models/*.safetensors models/*.onnx \
 	reports/confusion reports/parity reports/predictions .checkpoints
 
-.PHONY: help setup repro test ui serve screenshots lock clean
+.PHONY: help setup repro test test-lowest ui serve screenshots lock clean
 
 help: ## List the goals.
 	@echo 'Usage: make GOAL [PYTHON=python3.12] [TORCH_BACKEND=cpu]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make or update .venv from requirements.lock.
 	@$(PYTHON) scripts/setup_env.py
@@ -35,11 +37,16 @@ repro: setup ## Run the pipeline: download, prepare, train, evaluate, export, ve
 	@echo '  make serve          the model over HTTP, and a page to draw digits for it'
 	@echo '  make ui             the runs in MLflow'
 
-test: setup ## Lint, check format and types, run the tests.
+test: setup ## Lint, check format, imports and types, run the tests.
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/lint-imports
 	.venv/bin/mypy
-	$(IN_VENV) pytest -n auto --maxprocesses 4 --dist loadfile
+	$(IN_VENV) pytest $(PYTEST_OPTIONS)
+
+test-lowest: setup ## Run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest.
+	@$(PYTHON) scripts/setup_env.py --lowest
+	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" pytest $(PYTEST_OPTIONS)
 
 ui: setup ## Show the runs in MLflow's UI on this machine (PORT=5000).
 	@case "$$MLFLOW_TRACKING_URI" in http://* | https://*) \
@@ -60,6 +67,6 @@ screenshots: setup ## Take the pictures of MLflow's UI and of the server's page 
 lock: ## Resolve requirements.lock again after a change in pyproject.toml (UPGRADE=1: newest versions).
 	@$(PYTHON) scripts/setup_env.py --lock $(if $(UPGRADE),--upgrade)
 
-clean: ## Remove .venv, tools' caches and outputs that git does not hold; keep the DVC cache and MLflow's runs.
-	rm -rf .venv $(CACHES) $(OUTPUTS)
+clean: ## Remove the environments, tools' caches and outputs that git does not hold; keep the DVC cache and MLflow's runs.
+	rm -rf .venv .venv-lowest $(CACHES) $(OUTPUTS)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
