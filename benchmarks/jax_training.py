@@ -21,7 +21,7 @@ from mnist_batchnorm.core.paths import PREPARED
 from mnist_batchnorm.training.loop import architecture
 
 if TYPE_CHECKING:
-    from benchmarks.training_contenders import Job, Stopwatch
+    from benchmarks.training_job import Job, Stopwatch
     from mnist_batchnorm.core.params import TrainParams
 
 Arrays = dict[str, Array]

@@ -43,7 +43,8 @@ INSTALL_LIMIT = 900.0  # seconds
 OURS, NULL, KSERVE, MLFLOW = "this server", "null uvicorn", "KServe SDK", "mlflow"
 LOOP = "uvloop"  # what `mnist-bn serve` gives uvicorn as its event loop
 
-# As mnist_batchnorm/artefacts.py logs it. A process of its own, for MLflow imports for seconds.
+# As mnist_batchnorm/mlflow_sync/artifacts.py logs it. In a process of its own: MLflow takes seconds
+# to import.
 SAVE_MLFLOW = """\
 import sys
 import mlflow.onnx, numpy as np, onnx

@@ -9,8 +9,8 @@ temporary folder, and nothing of the project is touched.
 
 A round runs every row once, so a busy moment of the machine hits them alike. Each round has another
 seed: its results are new to every store, and each row's weights are compared with those of the
-round's untracked row. That row is the same command with `tracking.Untracked`, what training has
-when the process beside it cannot start, in place of that process. The server that works is on this
+round's untracked row. That row is the same command without the process beside it, as when that
+process cannot start. The server that works is on this
 machine too, so its share of the cores counts.
 
 What is measured is the whole command, from start to exit. Allowed is what the tracker promises: a
@@ -56,11 +56,13 @@ PACKAGES = ("mlflow", "torch")
 
 UNTRACKED = """\
 import contextlib
-from mnist_batchnorm import cli, tracking, train
+from mnist_batchnorm import cli
+from mnist_batchnorm.stages import train
+from mnist_batchnorm.training.live import LiveRuns
 
 @contextlib.contextmanager
 def live_runs():
-    yield tracking.Untracked()
+    yield LiveRuns(None)
 
 train.live_runs = live_runs
 cli.main()
@@ -71,8 +73,8 @@ CREATE = """\
 import sys
 from pathlib import Path
 from mnist_batchnorm.core.params import load_params
-from mnist_batchnorm.mlflow_sync.run_store import Runs
-Runs.open(load_params().sync.experiment, Path(sys.argv[1]))
+from mnist_batchnorm.mlflow_sync.run_store import RunStore
+RunStore.open(load_params().sync.experiment, Path(sys.argv[1]))
 """
 
 # What training says about its tracker, and how the table puts it.

@@ -53,16 +53,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.training_check import check
-from benchmarks.training_contenders import (
+from benchmarks.training_contenders import run_engine, run_jax, run_lecture, run_plain
+from benchmarks.training_job import (
     BOTH,
     Job,
     Stopwatch,
     enter_process,
     release_others,
-    run_engine,
-    run_jax,
-    run_lecture,
-    run_plain,
     synchronize,
 )
 from mnist_batchnorm.artifacts.splits import load_split

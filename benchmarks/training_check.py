@@ -10,7 +10,7 @@ from benchmarks.training_contenders import plain_epoch
 from mnist_batchnorm.core.params import TrainParams
 from mnist_batchnorm.core.paths import VARIANTS
 from mnist_batchnorm.training.devices import DeviceSplit
-from mnist_batchnorm.training.loop import architecture, fit, shuffled
+from mnist_batchnorm.training.loop import architecture, fit, shuffled_batches
 
 STEPS = 20
 # Of any weight's or statistic's difference. Most agree to 1e-13, but the gradient of a bias before
@@ -52,7 +52,7 @@ class Trial:
         """Return the order of the images in each epoch, indices ``[steps, batch]``."""
         generator = torch.Generator().manual_seed(self.params.seed)
         arguments = len(self.split.labels), self.params.batch_size, generator
-        return [shuffled(*arguments) for _ in range(self.params.epochs)]
+        return [shuffled_batches(*arguments) for _ in range(self.params.epochs)]
 
     def plain(self) -> dict[str, Tensor]:
         """Return the weights and statistics that the plain loop arrives at."""

@@ -1,12 +1,8 @@
-"""The training loops that benchmarks/training.py compares, and what takes their times."""
+"""The training loops that benchmarks/training.py compares."""
 
 import contextlib
 import importlib.util
-import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,105 +11,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from benchmarks.training_job import BOTH, Job, Stopwatch
 from mnist_batchnorm.artifacts.curves import Epoch
 from mnist_batchnorm.artifacts.splits import load_split
 from mnist_batchnorm.core.errors import UserError
-from mnist_batchnorm.core.params import TrainParams, load_params
+from mnist_batchnorm.core.params import load_params
 from mnist_batchnorm.core.paths import PREPARED, RAW
-from mnist_batchnorm.training.devices import DeviceSplit, make_deterministic, resolve_device
-from mnist_batchnorm.training.loop import architecture, fit, measure, shuffled
-
-BOTH = "both"  # key of a time that two networks share
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one process does.
-
-    Attributes:
-        variants: the networks to train.
-        params: how; of the epochs, the first one is not counted.
-        device: cpu, or cuda.
-        images: to train on, from the first; None for all.
-        submitted: when it was, `time.time`.
-    """
-
-    variants: tuple[str, ...]
-    params: TrainParams
-    device: str
-    images: int | None
-    submitted: float
-
-    @property
-    def torch_device(self) -> torch.device:
-        """PyTorch's name of the device."""
-        return resolve_device(self.device)
-
-    def splits(self) -> tuple[DeviceSplit, DeviceSplit]:
-        """Read the images to train on, and those to validate on."""
-        train, valid = (
-            DeviceSplit.load(PREPARED / f"{name}.safetensors", self.torch_device)
-            for name in ("train", "valid")
-        )
-        return DeviceSplit(train.inputs[: self.images], train.labels[: self.images]), valid
-
-    def network(self, variant: str) -> nn.Sequential:
-        """Make a network with its initial weights."""
-        return architecture(variant, self.params).build(self.params.seed).to(self.torch_device)
-
-
-_process: dict[str, Any] = {}  # what the initializer leaves for a process's job
-
-
-def enter_process(barrier: Barrier, one_core: bool, threads: int | None) -> None:
-    """Prepare a new process."""
-    _process["barrier"] = barrier
-    if one_core and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def release_others() -> None:
-    """Let nobody wait for this process, which has failed."""
-    _process["barrier"].abort()
-
-
-def synchronize() -> None:
-    """Wait for what PyTorch has given the GPU to do."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-
-
-class Stopwatch:
-    """Takes the times of a process's epochs.
-
-    Attributes:
-        epochs: of each network, or of `BOTH`: seconds of training and of evaluation.
-        startup: seconds from the job's submission to the first epoch.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.epochs: dict[str, list[tuple[float, float]]] = {}
-        self.startup: float | None = None
-        self._job = job
-        self._since = 0.0
-
-    def lap(self) -> float:
-        """Return the seconds since the last lap; wait for the GPU first."""
-        synchronize()
-        if self.startup is None:
-            self.startup = time.time() - self._job.submitted
-        last, self._since = self._since, time.perf_counter()
-        return self._since - last
-
-    def record(self, network: str, training: float, evaluation: float) -> None:
-        """Note an epoch; after the first, wait for the row's other process."""
-        epochs = self.epochs.setdefault(network, [])
-        epochs.append((training, evaluation))
-        if len(epochs) == 1:
-            _process["barrier"].wait()
-        self.lap()
+from mnist_batchnorm.training.devices import DeviceSplit, make_deterministic
+from mnist_batchnorm.training.loop import fit, measure, shuffled_batches
 
 
 @contextlib.contextmanager
@@ -192,7 +97,7 @@ def run_plain(job: Job, watch: Stopwatch) -> None:
         generator = torch.Generator().manual_seed(job.params.seed)
         watch.lap()
         for _ in range(job.params.epochs):
-            order = shuffled(len(train.labels), job.params.batch_size, generator)
+            order = shuffled_batches(len(train.labels), job.params.batch_size, generator)
             plain_epoch(model, optimizer, train, order.to(job.torch_device))
             training = watch.lap()
             measure(model, train), measure(model, valid)

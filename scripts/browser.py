@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
 
+from mnist_batchnorm.mlflow_sync.uri import WORKFLOW
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Error, Page, Route
 
 PATIENCE = 60.0  # seconds for whatever one waits for; the machine may be busy
 STARTS = 3  # of the server, each on another port
 CHROMIUM = ("chromium", "google-chrome")
-
-# MLflow's front page is about language models; this is the part about training.
-WORKFLOW = "workflowType=machine_learning"
-TRAININGS = "tags.dvc.stage = 'train'"
 
 # The lines of a chart, by colour, once there is one for every run. A chart is what has a heading
 # with the metric's name and a legend that names it for every run; a line is a path through several
@@ -79,7 +77,7 @@ class Window:
     outside: list[str] = field(default_factory=list)
 
     def open(self, place: str) -> None:
-        """Go to a place on the server, such as `charts` returns."""
+        """Go to a place on the server, such as `charts_page` returns."""
         self.page.goto(f"{self.address}/{place}")
 
     def lines(self, metric: str, runs: Sequence[str]) -> dict[str, int]:
@@ -97,21 +95,6 @@ class Window:
         heading.scroll_into_view_if_needed()
         lines: dict[str, int] = self.page.wait_for_function(LINES, arg=arguments).json_value()
         return lines
-
-
-def charts(experiment: str, runs: str = TRAININGS) -> str:
-    """Return where the learning curves of runs are, one chart a measure.
-
-    Args:
-        experiment: its id.
-        runs: which, as MLflow's search has it.
-    """
-    return f"{run_table(experiment)}&compareRunsMode=CHART&searchFilter={quote(runs)}"
-
-
-def run_table(experiment: str) -> str:
-    """Return where the runs of an experiment are listed."""
-    return f"#/experiments/{experiment}/runs?{WORKFLOW}"
 
 
 def comparison(experiment: str, runs: Sequence[str]) -> str:

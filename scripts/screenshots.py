@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from mnist_batchnorm.core.files import write_bytes
+from mnist_batchnorm.mlflow_sync.uri import TRAINING_RUNS, charts_page
 from scripts import browser
 from scripts.browser import BrowserError, Window
 
@@ -105,7 +106,7 @@ def find(store: str) -> Shown:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         raise BrowserError(f"{STORE} has no experiment {EXPERIMENT}; run `dvc repro` first")
-    runs: list[Run] = client.search_runs([experiment.experiment_id], browser.TRAININGS)
+    runs: list[Run] = client.search_runs([experiment.experiment_id], TRAINING_RUNS)
     newest: dict[str, str] = {}
     for variant in VARIANTS:
         run = next((run for run in runs if run.data.params.get("variant") == variant), None)
@@ -130,11 +131,11 @@ def has_champion(client: "MlflowClient") -> bool:
 
 def show_charts(window: Window, shown: Shown) -> None:
     """Show the learning curves of both runs."""
-    runs = browser.TRAININGS
+    runs = TRAINING_RUNS
     if not shown.only:  # of many runs' curves one sees none
         ids = ", ".join(f"'{run}'" for run in shown.runs)
         runs = f"attributes.run_id IN ({ids})"
-    window.open(browser.charts(shown.experiment, runs))
+    window.open(charts_page(shown.experiment, runs))
     names = list(shown.runs.values())
     window.lines(METRICS[0], names)
     window.page.evaluate(ARRANGE)

@@ -1,4 +1,4 @@
-"""Make or update ``.venv`` from ``requirements.lock``: what ``make setup`` and ``make lock`` run.
+"""Make or update ``.venv`` from ``requirements.lock``, and ``.venv-lowest`` from pyproject.toml.
 
 Standard library only, and no syntax newer than Python 3.6, so that an old Python prints what it
 needs instead of a SyntaxError. Exit status: 0 done, 2 something the caller must change.
@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 PYPROJECT = ROOT / "pyproject.toml"
 VENV = ROOT / ".venv"
+LOWEST_VENV = ROOT / ".venv-lowest"
 BIN = VENV / "bin"
 STAMP = VENV / "setup.json"
 DVC_LOCAL_CONFIG = ROOT / ".dvc" / "config.local"
@@ -61,11 +62,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lock", action="store_true", help="re-resolve requirements.lock first")
     parser.add_argument("--upgrade", action="store_true", help="with --lock: newest versions")
+    parser.add_argument("--lowest", action="store_true", help="make .venv-lowest too")
     arguments = parser.parse_args()
     try:
         if arguments.lock:
             resolve_lock(arguments.upgrade)
         set_up()
+        if arguments.lowest:
+            set_up_lowest()
     except (SetupError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -108,6 +112,23 @@ def resolve_lock(upgrade: bool) -> None:
     command += ["--universal", "--python-version", "{}.{}".format(*MIN_PYTHON)]
     command += ["--generate-hashes", "--custom-compile-command", "make lock", "--quiet"]
     run_uv(command + ["--upgrade"] * upgrade)
+
+
+def set_up_lowest() -> None:
+    """Make ``.venv-lowest`` with the lowest version that pyproject.toml allows of each package.
+
+    What these need in turn is the newest. Nothing is hash-checked, as there is no lock.
+    """
+    backend = read_stamp().get("torch", LOCKED_TORCH)
+    torch = [] if backend == LOCKED_TORCH else ["--torch-backend", backend]
+    target = uv_target(LOWEST_VENV / "bin" / "python")
+    report(f"installing the lowest versions into {LOWEST_VENV.name}")
+    run_uv(["venv", "--clear", *uv_target(), str(LOWEST_VENV)])
+    requirements = ["--requirements", PYPROJECT.name, "--all-extras", "--group", "dev"]
+    lowest = ["--resolution", "lowest-direct", *torch]
+    run_uv(["pip", "install", *target, *requirements, *lowest])
+    editable = ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
+    run_uv(["pip", "install", *target, *editable])
 
 
 def prepare_uv() -> None:
@@ -250,9 +271,13 @@ def run_uv(arguments: Iterable[str]) -> None:
         )
 
 
-def uv_target() -> list[str]:
-    """Return the uv options that name ``.venv``, quiet where the output goes to a log."""
-    return ["--python", str(BIN / "python"), *([] if sys.stderr.isatty() else ["--quiet"])]
+def uv_target(python: Path | None = None) -> list[str]:
+    """Return the uv options that name an environment, quiet where the output goes to a log."""
+    return [
+        "--python",
+        str(python or BIN / "python"),
+        *([] if sys.stderr.isatty() else ["--quiet"]),
+    ]
 
 
 def uv_environment(environ: Mapping[str, str], pip: Mapping[str, str]) -> dict[str, str]:
