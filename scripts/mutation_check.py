@@ -59,8 +59,8 @@ MUTANTS = [
     ),
     Mutant(
         "network/evaluation.py",
-        "return np.clip(np.ceil(probability * bins).astype(np.int64) - 1, 0, bins - 1)",
-        "return np.clip((probability * bins).astype(np.int64), 0, bins - 1)",
+        "gaps = np.bincount(bin_of, weights=probability - correct, minlength=bins)",
+        "gaps = np.bincount(bin_of, weights=probability, minlength=bins)",
         "network/test_evaluation.py",
     ),
     Mutant(
@@ -137,8 +137,8 @@ MUTANTS = [
     ),
     Mutant(
         "mlflow_sync/run_identity.py",
-        '"params": train | {"device": self.device},  # not auto, which may mean the same',
-        '"params": train,',
+        '"params": self.train.model_dump(mode="json") | {"device": self.device},',
+        '"params": self.train.model_dump(mode="json"),',
         "mlflow_sync/test_run_identity.py",
     ),
     Mutant(
