@@ -347,3 +347,10 @@ def test_ledger_that_stays_locked_is_said_to_be(
         locked(tmp_path / "registry.json"),
     ):
         pass
+
+
+def test_a_champion_that_is_promoted_again_does_not_precede_itself() -> None:
+    """As the events of two branches do after a merge."""
+    ledger = of(2, 1, 2)
+    again = Ledger(versions=ledger.versions, events=(*ledger.events, PromotedByRules(version=2)))
+    assert [version.version for version in again.previous_champions] == [1]
