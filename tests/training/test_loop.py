@@ -79,6 +79,12 @@ def test_epoch_shows_every_image_at_most_once_in_whole_batches(n: int, batch_siz
     assert set(shown) <= set(range(n))
 
 
+def test_the_last_images_of_the_permutation_are_left_over_as_with_drop_last() -> None:
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(5))
+    batches = shuffled_batches(11, 4, torch.Generator().manual_seed(5))
+    assert batches.tolist() == [order[:4].tolist(), order[4:8].tolist()]
+
+
 def test_images_left_over_differ_from_epoch_to_epoch() -> None:
     generator = torch.Generator().manual_seed(0)
     shown = [set(shuffled_batches(33, 32, generator).flatten().tolist()) for _ in range(4)]
